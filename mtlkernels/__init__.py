@@ -1,6 +1,25 @@
 """Fused kernels for multi-task gradient work: Gram matrices, projections, weightings and an optimizer layer."""
 
+from . import weightings
+from ._version import __version__
+from .aggregation import aggregate
+from .dispatch import use_backend
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
+from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
+from .weightings import get_weighting
 
-from ._version import __version__ as __version__
-__all__ = ["combine", "condition_number", "conflict_rate", "cosine", "gram", "magnitude_similarity", "mix", "project"]
+__all__ = [
+    "__version__",
+    "aggregate",
+    "combine",
+    "condition_number",
+    "conflict_rate",
+    "cosine",
+    "get_weighting",
+    "gram",
+    "magnitude_similarity",
+    "mix",
+    "project",
+    "use_backend",
+    *weightings.__all__,
+]

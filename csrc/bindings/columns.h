@@ -1,0 +1,82 @@
+#pragma once
+// Lists of tensors as the kernels see them: one Column per tensor, checked for what memory safety needs.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace mtlkernels {
+
+using torch::stable::Tensor;
+using TensorList = std::vector<std::optional<Tensor>>;
+
+/// Elements of a chunk, the unit of work of one thread. Partial sums are kept per chunk and added in order, so results have the
+/// same bits for any number of threads.
+constexpr int64_t kChunk = 65536;
+
+/// Below this many elements in all, a call stays on its own thread.
+constexpr int64_t kSerialWork = 1 << 17;
+
+/// Throws std::runtime_error with `message` and the place unless `condition` holds.
+void require(bool condition, const char* message, int64_t task = -1, int64_t tensor = -1);
+
+/// The gradients of `grads` (task-major, num_tasks rows) column by column, optionally with the results beside them.
+class Columns {
+ public:
+  /// `grads` and `out` must outlive this. `row_major`: element i of a column is its i-th in logical order, channels being rows; otherwise
+  /// any common order of a dense column will do. `out` holds num_out results per column, result-major, or is null.
+  Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out = nullptr, int64_t num_out = 0);
+
+  int64_t size() const { return int64_t(columns_.size()); }
+  const cpu::Column& operator[](int64_t n) const { return columns_[n]; }
+  cpu::Output output(int64_t n) const { return {&outputs_[n * num_out_], out_strides_[n], int(num_out_), false}; }
+  /// Rows of the tensor viewed as [out, rest]; 0 where no task has a gradient.
+  int64_t channels(int64_t n) const { return channels_[n]; }
+  int64_t total_elements() const { return total_elements_; }
+
+ private:
+  void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out);
+
+  std::vector<cpu::Column> columns_;
+  std::vector<const void*> rows_;
+  std::vector<void*> outputs_;
+  std::vector<const int64_t* const*> out_strides_;
+  std::vector<int64_t> channels_;
+  std::vector<std::vector<int64_t>> sizes_, strides_;              // of columns that are not flat
+  std::vector<std::vector<const int64_t*>> stride_tables_;
+  int64_t num_out_ = 0, total_elements_ = 0;
+};
+
+/// Elements [begin, end) of one column.
+struct Piece {
+  int64_t column, begin, end;
+};
+
+/// The columns cut into chunks of at most kChunk elements, in order.
+std::vector<Piece> cut(const Columns& columns);
+
+/// Calls run(i) for i in [0, count), on several threads when the call reads enough to pay for them.
+template <typename Run>
+void for_each(int64_t count, int64_t total_elements, const Run& run) {
+  if (total_elements < kSerialWork || count < 2) {
+    for (int64_t i = 0; i < count; ++i) run(i);
+    return;
+  }
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
+}
+
+/// A tensor of the given shape on the CPU, float64, zeroed.
+Tensor zeros(const std::vector<int64_t>& shape);
+
+/// A float32 or float64 matrix [rows, columns] (or vector, rows = 1) of any strides as float64 values.
+std::vector<double> read_matrix(const Tensor& tensor, const char* what);
+
+}  // namespace mtlkernels

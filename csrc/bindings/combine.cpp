@@ -1,0 +1,164 @@
+// combine, combine_ and mix on the CPU: chunks of every column in parallel, results where the caller wants them.
+
+#include <algorithm>
+
+#include "columns.h"
+
+namespace mtlkernels {
+namespace {
+
+/// Results of at least this many bytes are stored past the caches: more than a second-level cache keeps.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+Tensor first_gradient(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks) {
+  for (int64_t k = 0; k < num_tasks; ++k)
+    if (grads[k * num_columns + n]) return *grads[k * num_columns + n];
+  require(false, "no task has a gradient; leave the tensor out", -1, n);
+  return {};
+}
+
+/// num_out * N new tensors, result-major, each like the first gradient of its column.
+std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int64_t num_out) {
+  const int64_t num_columns = num_tasks > 0 ? int64_t(grads.size()) / num_tasks : 0;
+  std::vector<Tensor> out;
+  out.reserve(num_columns * num_out);
+  for (int64_t m = 0; m < num_out; ++m)
+    for (int64_t n = 0; n < num_columns; ++n) out.push_back(torch::stable::empty_like(first_gradient(grads, n, num_columns, num_tasks)));
+  return out;
+}
+
+/// out[m][n] = sum_k weights[n][m][k] * grads[k][n]; `weights` has one [num_out][num_tasks] table, or one per column.
+void run(const TensorList& grads, int64_t num_tasks, const std::vector<double>& weights, bool per_tensor, std::vector<Tensor>& out,
+         int64_t num_out) {
+  const Columns columns(grads, num_tasks, false, &out, num_out);
+  if (columns.size() == 0 || num_out == 0) return;
+  const int64_t table = num_out * num_tasks;
+  require(int64_t(weights.size()) == table * (per_tensor ? columns.size() : 1), "weights has the wrong shape");
+  int64_t result_bytes = 0;
+  for (int64_t n = 0; n < columns.size(); ++n) result_bytes += columns[n].layout.numel * cpu::element_size(columns[n].dtype) * num_out;
+
+  std::vector<cpu::Output> outputs(columns.size());
+  for (int64_t n = 0; n < columns.size(); ++n) {
+    outputs[n] = columns.output(n);
+    bool in_place = false;
+    for (int64_t m = 0; m < num_out; ++m)
+      for (int64_t k = 0; k < num_tasks; ++k) in_place |= outputs[n].rows[m] == columns[n].rows[k];
+    outputs[n].stream = result_bytes >= kStreamBytes && !in_place;
+  }
+  const std::vector<Piece> pieces = cut(columns);
+  const auto combine = cpu::kernels().combine;
+  for_each(int64_t(pieces.size()), columns.total_elements(), [&](int64_t p) {
+    const auto [n, begin, end] = pieces[p];
+    combine(columns[n], weights.data() + (per_tensor ? n * table : 0), begin, end, outputs[n]);
+  });
+}
+
+/// The bytes from a tensor's first to its last element.
+struct Extent {
+  uintptr_t begin, end;
+};
+
+Extent extent(const Tensor& tensor) {
+  if (tensor.numel() == 0) return {0, 0};
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t last = 0;
+  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return {begin, begin + uintptr_t((last + 1) * int64_t(tensor.element_size()))};
+}
+
+bool overlaps_itself(const Tensor& tensor) {
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride < reach) return true;
+    reach = stride * (size - 1) + reach;
+  }
+  return false;
+}
+
+bool same_memory(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), x = a.strides(), y = b.strides();
+  if (a.const_data_ptr() != b.const_data_ptr() || x.size() != y.size()) return false;
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && x[d] != y[d]) return false;
+  return true;
+}
+
+/// Columns whose buffer shares memory with another buffer or with a gradient that is not exactly its own: their results must
+/// be kept aside until every gradient has been read.
+std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks) {
+  const int64_t num_columns = int64_t(out.size());
+  std::vector<std::pair<Extent, int64_t>> buffers;
+  for (int64_t n = 0; n < num_columns; ++n) {
+    require(out[n].numel() == 0 || !overlaps_itself(out[n]), "out overlaps itself", -1, n);
+    if (out[n].numel() > 0) buffers.emplace_back(extent(out[n]), n);
+  }
+  std::sort(buffers.begin(), buffers.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
+  std::vector<bool> flagged(num_columns, false);
+  bool mutual = false;
+  for (size_t b = 1; b < buffers.size(); ++b) {
+    require(buffers[b].first.begin != buffers[b - 1].first.begin, "out lists the same memory twice", -1, buffers[b].second);
+    mutual |= buffers[b].first.begin < buffers[b - 1].first.end;
+  }
+  for (int64_t k = 0; k < num_tasks && !mutual; ++k) {
+    for (int64_t n = 0; n < num_columns; ++n) {
+      const std::optional<Tensor>& row = grads[k * num_columns + n];
+      if (!row || row->numel() == 0) continue;
+      const Extent read = extent(*row);
+      auto at = std::partition_point(buffers.begin(), buffers.end(), [&](const auto& b) { return b.first.end <= read.begin; });
+      for (; at != buffers.end() && at->first.begin < read.end; ++at)
+        if (at->second != n || !same_memory(out[n], *row)) flagged[at->second] = true;
+    }
+  }
+  std::vector<int64_t> result;
+  for (int64_t n = 0; n < num_columns; ++n)
+    if (flagged[n] || mutual) result.push_back(n);
+  return result;
+}
+
+int64_t last_size(const Tensor& weights) {
+  require(weights.dim() == 1 || weights.dim() == 2, "weights is neither [K] nor [N, K]");
+  return weights.size(weights.dim() - 1);
+}
+
+constexpr const char* kWeightsKind = "weights is not float32 or float64";
+
+std::vector<Tensor> combine_cpu(TensorList grads, Tensor weights) {
+  const int64_t num_tasks = last_size(weights);
+  std::vector<Tensor> out = new_results(grads, num_tasks, 1);
+  run(grads, num_tasks, read_matrix(weights, kWeightsKind), weights.dim() == 2, out, 1);
+  return out;
+}
+
+void combine_inplace_cpu(std::vector<Tensor> out, TensorList grads, Tensor weights) {
+  const int64_t num_tasks = last_size(weights), num_columns = int64_t(out.size());
+  require(num_tasks > 0 && int64_t(grads.size()) == num_tasks * num_columns, "out has the wrong number of tensors");
+  std::vector<Tensor> targets = out;
+  const std::vector<int64_t> aside = entangled(out, grads, num_tasks);
+  for (int64_t n : aside) targets[n] = torch::stable::empty_like(out[n]);
+  run(grads, num_tasks, read_matrix(weights, kWeightsKind), weights.dim() == 2, targets, 1);
+  for (int64_t n : aside) torch::stable::copy_(out[n], targets[n]);
+}
+
+std::vector<Tensor> mix_cpu(TensorList grads, Tensor coefficients) {
+  require(coefficients.dim() == 2, "coefficients is not [M, K]");
+  const int64_t num_out = coefficients.size(0), num_tasks = coefficients.size(1);
+  std::vector<Tensor> out = new_results(grads, num_tasks, num_out);
+  run(grads, num_tasks, read_matrix(coefficients, "coefficients is not float32 or float64"), false, out, num_out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("combine", TORCH_BOX(&combine_cpu));
+  m.impl("combine_", TORCH_BOX(&combine_inplace_cpu));
+  m.impl("mix", TORCH_BOX(&mix_cpu));
+}
+
+}  // namespace mtlkernels

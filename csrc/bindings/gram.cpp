@@ -1,0 +1,100 @@
+// gram and cross_gram on the CPU: cut the columns into chunks, sum each on one thread, add the chunks in order.
+
+#include <algorithm>
+#include <string>
+
+#include "columns.h"
+
+namespace mtlkernels {
+namespace {
+
+/// Consecutive pieces that share a partial sum.
+struct Unit {
+  int64_t first, last, slot;
+};
+
+/// Pieces grouped into units of at least kChunk elements (small tensors together) per result slot.
+std::vector<Unit> group(const std::vector<Piece>& pieces, bool per_tensor) {
+  std::vector<Unit> units;
+  int64_t elements = 0;
+  for (int64_t p = 0; p < int64_t(pieces.size()); ++p) {
+    const int64_t slot = per_tensor ? pieces[p].column : 0, size = pieces[p].end - pieces[p].begin;
+    if (units.empty() || units.back().slot != slot || elements + size > kChunk) {
+      units.push_back({p, p, slot});
+      elements = 0;
+    }
+    units.back().last = p + 1;
+    elements += size;
+  }
+  return units;
+}
+
+void mirror(double* matrices, int64_t count, int64_t size) {
+  for (int64_t m = 0; m < count; ++m, matrices += size * size)
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t j = 0; j < i; ++j) matrices[i * size + j] = matrices[j * size + i];
+}
+
+/// Inner products of the first `num_left` rows with the others, or of all rows with each other when there are no others.
+Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int64_t num_right, const std::string& per) {
+  const bool per_channel = per == "channel", per_tensor = per == "tensor";
+  require(per_channel || per_tensor || per == "model", "per is none of model, tensor, channel");
+  const Columns columns(grads, num_rows, per_channel);
+  const int64_t block = num_left * num_right;
+  const auto gram = cpu::kernels().gram;
+
+  if (per_channel) {
+    std::vector<int64_t> first_slot(columns.size() + 1, 0);
+    std::vector<Piece> ranges;  // of channels
+    for (int64_t n = 0; n < columns.size(); ++n) {
+      const int64_t channels = columns.channels(n);
+      first_slot[n + 1] = first_slot[n] + channels;
+      if (columns[n].layout.numel == 0) continue;
+      const int64_t step = std::max<int64_t>(1, kChunk / (columns[n].layout.numel / channels));
+      for (int64_t c = 0; c < channels; c += step) ranges.push_back({n, c, std::min(c + step, channels)});
+    }
+    Tensor result = zeros({first_slot.back(), num_left, num_right});
+    double* sums = static_cast<double*>(result.mutable_data_ptr());
+    if (block == 0) return result;
+    for_each(int64_t(ranges.size()), columns.total_elements(), [&](int64_t i) {
+      const auto [n, begin, end] = ranges[i];
+      const int64_t rest = columns[n].layout.numel / columns.channels(n);
+      for (int64_t c = begin; c < end; ++c) gram(columns[n], int(num_left), c * rest, (c + 1) * rest, sums + (first_slot[n] + c) * block);
+    });
+    if (num_left == num_rows) mirror(sums, first_slot.back(), num_left);
+    return result;
+  }
+
+  const std::vector<Piece> pieces = cut(columns);
+  const std::vector<Unit> units = group(pieces, per_tensor);
+  const int64_t slots = per_tensor ? columns.size() : 1;
+  Tensor result = per_tensor ? zeros({slots, num_left, num_right}) : zeros({num_left, num_right});
+  double* sums = static_cast<double*>(result.mutable_data_ptr());
+  if (block == 0) return result;
+  std::vector<double> partials(units.size() * block, 0.0);
+  for_each(int64_t(units.size()), columns.total_elements(), [&](int64_t u) {
+    for (int64_t p = units[u].first; p < units[u].last; ++p)
+      gram(columns[pieces[p].column], int(num_left), pieces[p].begin, pieces[p].end, partials.data() + u * block);
+  });
+  for (size_t u = 0; u < units.size(); ++u)
+    for (int64_t i = 0; i < block; ++i) sums[units[u].slot * block + i] += partials[u * block + i];
+  if (num_left == num_rows) mirror(sums, slots, num_left);
+  return result;
+}
+
+Tensor gram_cpu(TensorList grads, int64_t num_tasks, std::string per) { return products(grads, num_tasks, num_tasks, num_tasks, per); }
+
+Tensor cross_gram_cpu(TensorList grads, TensorList other, int64_t num_tasks, int64_t num_other, std::string per) {
+  require(num_tasks > 0 && num_other > 0, "cross_gram needs at least one task on either side");
+  grads.insert(grads.end(), other.begin(), other.end());
+  return products(grads, num_tasks + num_other, num_tasks, num_other, per);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("gram", TORCH_BOX(&gram_cpu));
+  m.impl("cross_gram", TORCH_BOX(&cross_gram_cpu));
+}
+
+}  // namespace mtlkernels

@@ -1,0 +1,53 @@
+// Which instruction set the kernels use. Compiled once, for the baseline of the architecture.
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace mtlkernels::cpu {
+
+#define MTL_DECLARE_KERNELS(isa)                                                                                \
+  namespace isa {                                                                                               \
+  void gram(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);                      \
+  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);     \
+  }
+
+MTL_DECLARE_KERNELS(baseline)
+#if defined(__x86_64__)
+MTL_DECLARE_KERNELS(avx2)
+MTL_DECLARE_KERNELS(avx512)
+#endif
+
+namespace {
+
+const Kernels kBaseline{"baseline", baseline::gram, baseline::combine};
+#if defined(__x86_64__)
+const Kernels kAvx2{"avx2", avx2::gram, avx2::combine};
+const Kernels kAvx512{"avx512", avx512::gram, avx512::combine};
+#endif
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const char* asked = std::getenv("MTLKERNELS_CPU_CAPABILITY");
+  if (asked && !std::strcmp(asked, "baseline")) return kBaseline;
+  if (has_avx2 && (!has_avx512 || (asked && !std::strcmp(asked, "avx2")))) return kAvx2;
+  if (has_avx512) return kAvx512;
+#endif
+  return kBaseline;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace mtlkernels::cpu
+
+/// Name of the instruction set in use, for reports and tests.
+extern "C" __attribute__((visibility("default"))) const char* mtlkernels_cpu_capability() { return mtlkernels::cpu::kernels().name; }

@@ -1,0 +1,54 @@
+#pragma once
+// The CPU kernels behind the ops: no torch, no allocation visible to the caller. Each .cpp of this folder that includes
+// vector.h is compiled once per instruction set into a namespace of its own; kernels() picks one at run time.
+
+#include <cstdint>
+
+namespace mtlkernels::cpu {
+
+enum class DType : int { float32, bfloat16, float16, float64 };
+
+inline int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+/// The elements of a tensor in logical (row-major) order, or of several tensors that share `sizes`.
+/// Adjacent dimensions are merged and dimensions of size 1 dropped by the caller where the strides of all rows allow it.
+struct Layout {
+  int64_t numel;
+  int dim;               // 0: all rows lie flat in memory, element i at offset i
+  const int64_t* sizes;  // [dim]
+};
+
+/// The K gradients of one tensor. All share a dtype and a layout; each has its own strides when the layout is not flat.
+struct Column {
+  const void* const* rows;        // [num_rows], null where a task has no gradient
+  const int64_t* const* strides;  // [num_rows][layout.dim] in elements; unused when flat
+  int num_rows;
+  DType dtype;
+  Layout layout;
+};
+
+/// Where the M results of one tensor go; the layout's sizes are the column's.
+struct Output {
+  void* const* rows;              // [num_rows]
+  const int64_t* const* strides;  // [num_rows][layout.dim]; unused when flat
+  int num_rows;
+  bool stream;  // results are large and alias no gradient: store past the caches
+};
+
+struct Kernels {
+  const char* name;
+
+  /// Adds the inner products of rows [0, num_left) with rows [num_left, num_rows) over elements [begin, end) to
+  /// sums[num_left][num_rows - num_left]. With num_left == num_rows: of all rows with each other, upper triangle only.
+  void (*gram)(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);
+
+  /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight is
+  /// exactly 0 is not read. An output may be one of the rows.
+  void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
+};
+
+/// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names
+/// (baseline, avx2, avx512). An unknown or unsupported name gets the best one; the package refuses it before.
+const Kernels& kernels();
+
+}  // namespace mtlkernels::cpu

@@ -1,0 +1,238 @@
+#pragma once
+// Vectors of one instruction set, and blocks of rows brought into fast memory as float or double.
+//
+// The file that includes this is compiled once per instruction set with MTL_ISA naming it. Everything here has internal linkage
+// and instantiates nothing from the standard library: a template compiled for AVX-512 must never be the copy the linker keeps.
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace mtlkernels::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+typedef float HalfFloatVector __attribute__((vector_size(kVectorBytes / 2)));
+
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatVector;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleVector;
+};
+
+template <typename T>
+using Vector = typename VectorOf<T>::type;
+template <typename T>
+constexpr int kLanes = kVectorBytes / int(sizeof(T));
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V value;
+  __builtin_memcpy(&value, from, sizeof(V));
+  return value;
+}
+
+template <typename V, typename T>
+inline void store(T* to, V value) {
+  __builtin_memcpy(to, &value, sizeof(V));
+}
+
+inline DoubleVector load_as_double(const float* from) { return __builtin_convertvector(load<HalfFloatVector>(from), DoubleVector); }
+inline DoubleVector load_as_double(const double* from) { return load<DoubleVector>(from); }
+
+/// Stores past the caches; `to` is aligned to the stored vector's size.
+inline void store_streaming(float* to, DoubleVector value) {
+  const HalfFloatVector narrow = __builtin_convertvector(value, HalfFloatVector);
+#if defined(__AVX512F__)
+  _mm256_stream_ps(to, (__m256)narrow);
+#elif defined(__AVX2__)
+  _mm_stream_ps(to, (__m128)narrow);
+#else
+  store(to, narrow);
+#endif
+}
+
+inline void store_streaming(double* to, DoubleVector value) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(to, (__m512d)value);
+#elif defined(__AVX2__)
+  _mm256_stream_pd(to, (__m256d)value);
+#else
+  store(to, value);
+#endif
+}
+
+inline void store_cached(float* to, DoubleVector value) { store(to, __builtin_convertvector(value, HalfFloatVector)); }
+inline void store_cached(double* to, DoubleVector value) { store(to, value); }
+
+/// Makes streamed stores visible to other threads before the caller goes on.
+inline void fence_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+/// Memory of one call, released at its end; aligned to a cache line.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
+    if (!data_) std::abort();  // a few hundred KiB: nothing sensible is left to do
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <typename T>
+  T* as(size_t offset = 0) {
+    return static_cast<T*>(data_) + offset;
+  }
+
+ private:
+  void* data_;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+inline double to_float(double value) { return value; }
+inline float to_float(BFloat16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+
+inline float to_float(Float16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  // Exponent and mantissa moved into place are the value times 2^-112, exact also for float16's subnormal numbers.
+  const float scaled = bits_to_float(magnitude << 13) * 0x1p112f;
+  return bits_to_float(sign | float_to_bits(scaled));
+}
+
+inline void from_float(double value, double* to) { *to = value; }
+inline void from_float(float value, float* to) { *to = value; }
+
+inline void from_float(float value, BFloat16* to) {
+  const uint32_t bits = float_to_bits(value);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+inline void from_float(float value, Float16* to) {
+  const uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    to->bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // rounds past 65504
+    to->bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the bottom
+    to->bits = uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
+  } else {
+    to->bits = uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+  }
+}
+
+template <typename From, typename To>
+inline void convert(const From* from, int64_t count, To* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = To(to_float(from[i]));
+}
+
+#if defined(__F16C__)
+inline void convert(const Float16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+#endif
+
+template <typename From, typename To>
+inline void convert_back(const From* from, int64_t count, To* to) {
+  for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i);
+}
+
+#if defined(__F16C__)
+inline void convert_back(const float* from, int64_t count, Float16* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < count; ++i) from_float(from[i], to + i);
+}
+#endif
+
+/// Calls visit(offset, stride, run, at) for each run of the innermost dimension that covers logical elements [begin, begin + count):
+/// `run` elements `stride` apart from `offset` on, the first being element `at` of the range.
+template <typename Visit>
+inline void for_runs(const Layout& layout, const int64_t* strides, int64_t begin, int64_t count, const Visit& visit) {
+  const int last = layout.dim - 1;
+  for (int64_t at = 0; at < count;) {
+    int64_t rest = begin + at, offset = 0;
+    const int64_t inner = rest % layout.sizes[last];
+    for (int d = last; d >= 0; --d) {
+      offset += rest % layout.sizes[d] * strides[d];
+      rest /= layout.sizes[d];
+    }
+    const int64_t left = layout.sizes[last] - inner, run = left < count - at ? left : count - at;
+    visit(offset, strides[last], run, at);
+    at += run;
+  }
+}
+
+template <typename From, typename To>
+inline void gather(const Column& column, int k, int64_t begin, int64_t count, To* to) {
+  const From* row = static_cast<const From*>(column.rows[k]);
+  if (column.layout.dim == 0) return convert(row + begin, count, to);
+  for_runs(column.layout, column.strides[k], begin, count, [&](int64_t offset, int64_t stride, int64_t run, int64_t at) {
+    if (stride == 1) return convert(row + offset, run, to + at);
+    for (int64_t i = 0; i < run; ++i) to[at + i] = To(to_float(row[offset + i * stride]));
+  });
+}
+
+/// Elements [begin, begin + count) of row k as To: in place where the memory holds just that, otherwise copied to `scratch`.
+template <typename To>
+inline const To* read_row(const Column& column, int k, int64_t begin, int64_t count, To* scratch) {
+  const bool in_place = column.layout.dim == 0 && column.dtype == (sizeof(To) == 4 ? DType::float32 : DType::float64);
+  if (in_place) return static_cast<const To*>(column.rows[k]) + begin;
+  switch (column.dtype) {
+    case DType::float32: gather<float>(column, k, begin, count, scratch); break;
+    case DType::bfloat16: gather<BFloat16>(column, k, begin, count, scratch); break;
+    case DType::float16: gather<Float16>(column, k, begin, count, scratch); break;
+    case DType::float64: gather<double>(column, k, begin, count, scratch); break;
+  }
+  return scratch;
+}
+
+}  // namespace
+}  // namespace mtlkernels::cpu
