@@ -66,12 +66,11 @@ def gram(grads: TaskGradients, other: TaskGradients | None = None, per: Granular
         left = rows[:num_tasks].transpose(0, 1)
         right = left if other is None else rows[num_tasks:].transpose(0, 1)
         channels = left @ right.mT
-        if other is None:
-            channels = (channels + channels.mT) / 2  # exact symmetry whatever the BLAS does
         blocks.append(channels if per == "channel" else channels.sum(0, keepdim=True))
     empty = torch.zeros(0, num_tasks, num_other, dtype=torch.float64, device=device)
     stacked = torch.cat([empty, *blocks])
-    return stacked.sum(0) if per == "model" else stacked
+    result = stacked.sum(0) if per == "model" else stacked
+    return result if other is not None else (result + result.mT) / 2  # exact symmetry whatever the BLAS and the sums do
 
 
 def combine(grads: TaskGradients, weights: Tensor) -> list[Tensor | None]:
@@ -121,7 +120,7 @@ def projection_coefficients(gram: Tensor, onto: Sequence[int], conflict_only: bo
     """Coefficients C of successive projections: row i of C @ grads is g_i taken off g_j for each j in ``onto``, in that order.
 
     PCGrad's recurrence (Yu et al. 2020, Algorithm 1) on coefficients: with c = e_i, for j != i: s = (c G)_j, and
-    c_j -= s / G_jj where s < 0. A zero g_j is skipped.
+    c_j -= s / G_jj where s < 0. A g_j that is zero or not finite is skipped.
 
     Args:
         gram: [..., K, K].
@@ -135,9 +134,10 @@ def projection_coefficients(gram: Tensor, onto: Sequence[int], conflict_only: bo
     task = torch.arange(num_tasks, device=gram.device)
     coefficients = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand(gram.shape).clone()
     for j in onto:
-        inner = (coefficients @ gram[..., :, j : j + 1]).squeeze(-1)
+        # A coefficient of 0 leaves its row out, so that a row that is not finite stays in its own result.
+        inner = torch.where(coefficients == 0, 0.0, coefficients * gram[..., :, j].unsqueeze(-2)).sum(-1)
         square = gram[..., j, j].unsqueeze(-1)
-        moves = (square > 0) & (task != j)
+        moves = (square > 0) & square.isfinite() & (task != j)
         if conflict_only:
             moves = moves & (inner < 0)
         step = torch.where(moves, inner / torch.where(square > 0, square, 1.0), 0.0)

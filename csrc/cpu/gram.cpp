@@ -14,13 +14,6 @@ constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
 constexpr int64_t kBlockBytes = 24 * 1024;  // of all rows together, in half of a first-level cache
 constexpr int64_t kMinBlock = 512;          // elements; many rows spill into the second-level cache instead of paying per block
 
-template <typename T>
-inline double sum_lanes(Vector<T> value) {
-  double sum = 0;
-  for (int lane = 0; lane < kLanes<T>; ++lane) sum += value[lane];
-  return sum;
-}
-
 /// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b.
 template <typename T, int R, int C, bool Triangle>
 void tile(const T* const* a, const T* const* b, int64_t count, double* out, int64_t out_stride) {
@@ -42,14 +35,19 @@ void tile(const T* const* a, const T* const* b, int64_t count, double* out, int6
         for (int c = Triangle ? r : 0; c < C; ++c) sums[r][c][u] += left[r] * right[c];
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
     for (int c = Triangle ? r : 0; c < C; ++c) {
       Vector<T> total = sums[r][c][0];
+#pragma GCC unroll 4
       for (int u = 1; u < unroll; ++u) total += sums[r][c][u];
-      double sum = sum_lanes<T>(total);
-      for (int64_t i = e; i < count; ++i) sum += double(a[r][i]) * double(b[c][i]);
-      out[r * out_stride + c] = sum;
+      out[r * out_stride + c] = sum_lanes(total);
     }
+  }
+  for (; e < count; ++e) {
+    for (int r = 0; r < R; ++r)
+      for (int c = Triangle ? r : 0; c < C; ++c) out[r * out_stride + c] += double(a[r][e]) * double(b[c][e]);
   }
 }
 

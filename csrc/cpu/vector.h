@@ -87,6 +87,30 @@ inline void store_streaming(double* to, DoubleVector value) {
 inline void store_cached(float* to, DoubleVector value) { store(to, __builtin_convertvector(value, HalfFloatVector)); }
 inline void store_cached(double* to, DoubleVector value) { store(to, value); }
 
+/// Sum of all lanes, halves added first, in float64.
+inline double sum_lanes(DoubleVector value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)value);
+#elif defined(__AVX2__)
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128((__m256d)value), _mm256_extractf128_pd((__m256d)value, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+#else
+  return value[0] + value[1];
+#endif
+}
+
+inline double sum_lanes(FloatVector value) {
+#if defined(__AVX512F__)
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)value));
+  return sum_lanes((DoubleVector)_mm512_add_pd(low, _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)value, 1))));
+#elif defined(__AVX2__)
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)value));
+  return sum_lanes((DoubleVector)_mm256_add_pd(low, _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)value, 1))));
+#else
+  return (double(value[0]) + double(value[2])) + (double(value[1]) + double(value[3]));
+#endif
+}
+
 /// Makes streamed stores visible to other threads before the caller goes on.
 inline void fence_streaming() {
 #if defined(__SSE2__)
