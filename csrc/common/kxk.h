@@ -140,187 +140,205 @@ MTL_HOST_DEVICE inline void projection_row(const double* gram, int size, int row
   }
 }
 
-// --- the path solver --------------------------------------------------------------------------------------------------
+// --- the quadratic program --------------------------------------------------------------------------------------------
 
 /// Doubles and integers of workspace that the solvers below need for K tasks.
-constexpr int64_t solver_doubles(int64_t size) { return 2 * size * size + 10 * size; }
+constexpr int64_t solver_doubles(int64_t size) { return 2 * size * size + 8 * size; }
 constexpr int64_t solver_integers(int64_t size) { return 2 * size; }
 
-/// min_{u >= 0} u' M u / 2 + (offset - t slope)' u, followed from u = 0 as t grows: its solution is piecewise linear in t, and one
-/// index becomes positive or zero at each breakpoint (the critical-line method, Markowitz 1956). Every point is solved afresh
-/// from the set of positive indices, so that errors do not build up along the path.
-struct Path {
+/// min_{u >= 0} u' R u / 2 - right(t)' u with right(t) = t slope - offset and R positive semidefinite with unit diagonal.
+///
+/// R is solved with a ridge of 64 K eps on its diagonal, which exceeds the rounding error of a Gram and its factor: M = R + ridge. That makes
+/// the solution unique (equal gradients get equal weights). `recentre` then takes the ridge's pull from zero to the last solution,
+/// a proximal point step: what the ridge changed shrinks by the factor ridge / (eigenvalue + ridge).
+///
+/// One solve is Lawson and Hanson's active-set method (1974, chapter 23) on the normal equations: u stays feasible and the value falls with
+/// every step, from whatever u and positive set the last solve left. At the solution z = M u - right(t) - ridge centre is not
+/// negative, and zero where u is positive.
+struct QuadraticProgram {
   int size;
-  double* matrix;   // M [K, K], symmetric positive definite
-  double* offset;   // [K]
-  double* slope;    // [K], positive; 0 keeps an index out for good
-  double* factor;   // [K, K] Cholesky factor of M over the positive indices, in the order they came
-  double *solved_offset, *solved_slope;  // [K] factor^-1 of both right-hand sides
-  double *value, *change;                // [K] u, and du / dt, by position in the order
-  double *residual, *residual_change;    // [K] z = M u + offset - t slope, and dz / dt, by index
-  double *norm, *solution;               // [K] gradient norms and u, by index
-  int* position;                         // [K] index -> position in the order, -1 where u is zero
-  int* order;                            // [K] position -> index
-  int count;                             // positive indices
+  double ridge;
+  double* matrix;          // M [K, K]
+  double* factor;          // [K, K] Cholesky factor of M over the positive indices, in the order they came
+  double *offset, *slope;  // [K]
+  double *solution;        // [K] u
+  double *centre;          // [K] where the ridge pulls u to
+  double *trial, *rate;    // [K] by position in the order: the minimiser without u >= 0, and its derivative in t
+  double *norm, *scratch;  // [K] norms of the gradients; free for use
+  int* order;              // [K] position -> index; positions from `count` on hold the indices where u is zero
+  int* rejected;           // [K] whether rounding alone made an index look promising
+  int count;               // positive indices
 
-  MTL_HOST_DEVICE Path(int tasks, double* doubles, int* integers) : size(tasks), position(integers), order(integers + tasks), count(0) {
+  MTL_HOST_DEVICE QuadraticProgram(int tasks, double* doubles, int* integers)
+      : size(tasks), ridge(64 * tasks * DBL_EPSILON), order(integers), rejected(integers + tasks), count(0) {
     matrix = doubles;
     factor = matrix + tasks * tasks;
-    double** vectors[] = {&offset, &slope, &solved_offset, &solved_slope, &value, &change, &residual, &residual_change, &norm, &solution};
-    for (int i = 0; i < 10; ++i) *vectors[i] = factor + tasks * tasks + i * tasks;
+    double** vectors[] = {&offset, &slope, &solution, &centre, &trial, &rate, &norm, &scratch};
+    for (int i = 0; i < 8; ++i) *vectors[i] = factor + tasks * tasks + i * tasks;
+    for (int i = 0; i < tasks; ++i) {
+      solution[i] = centre[i] = 0.0;
+      order[i] = i;
+    }
   }
 
-  /// Cholesky rows and solved right-hand sides from position `first` on.
+  /// Sets M to the cosines of the gradients plus the ridge, and `norm` to their norms.
+  MTL_HOST_DEVICE void set_gram(const double* gram) {
+    cosine(gram, size, matrix, scratch);
+    for (int i = 0; i < size; ++i) {
+      norm[i] = gram[i * size + i] > 0.0 ? std::sqrt(gram[i * size + i]) : 0.0;
+      matrix[i * size + i] = 1.0 + ridge;
+    }
+  }
+
+  MTL_HOST_DEVICE void recentre() {
+    for (int i = 0; i < size; ++i) centre[i] = solution[i];
+  }
+
+  MTL_HOST_DEVICE double right(int i, double t) const { return t * slope[i] - offset[i]; }
+
+  /// Rows of the factor from position `first` on.
   MTL_HOST_DEVICE void refactor(int first) {
     for (int p = first; p < count; ++p) {
-      const int i = order[p];
-      double b = offset[i], a = slope[i];
       for (int q = 0; q <= p; ++q) {
-        double sum = matrix[i * size + order[q]];
+        double sum = matrix[order[p] * size + order[q]];
         for (int k = 0; k < q; ++k) sum -= factor[p * size + k] * factor[q * size + k];
-        if (q < p) {
-          factor[p * size + q] = sum / factor[q * size + q];
-          b -= factor[p * size + q] * solved_offset[q];
-          a -= factor[p * size + q] * solved_slope[q];
-        } else {
-          // The matrix exceeds the unit-diagonal Gram by its ridge; rounding may leave less than that of the pivot.
-          const double ridge = matrix[i * size + i] - 1.0;
-          factor[p * size + p] = std::sqrt(sum > ridge ? sum : ridge);
+        factor[p * size + q] = q < p ? sum / factor[q * size + q] : std::sqrt(std::fmax(sum, ridge));  // rounding may leave less
+      }
+    }
+  }
+
+  MTL_HOST_DEVICE void enter(int place) {
+    const int i = order[place];
+    order[place] = order[count];
+    order[count++] = i;
+    refactor(count - 1);
+  }
+
+  MTL_HOST_DEVICE void leave(int place) {
+    const int i = order[place];
+    --count;
+    for (int p = place; p < count; ++p) order[p] = order[p + 1];
+    order[count] = i;
+    solution[i] = 0.0;
+    refactor(place);
+  }
+
+  /// Solves M_PP x = right-hand side over the positive indices, by position, in place.
+  MTL_HOST_DEVICE void substitute(double* x) const {
+    for (int p = 0; p < count; ++p) {
+      for (int q = 0; q < p; ++q) x[p] -= factor[p * size + q] * x[q];
+      x[p] /= factor[p * size + p];
+    }
+    for (int p = count - 1; p >= 0; --p) {
+      for (int q = p + 1; q < count; ++q) x[p] -= factor[q * size + p] * x[q];
+      x[p] /= factor[p * size + p];
+    }
+  }
+
+  /// The place of the zero index with the most negative z, -1 where none is below rounding error.
+  MTL_HOST_DEVICE int candidate(double t) const {
+    double total = 0.0, lowest = 0.0;
+    for (int p = 0; p < count; ++p) total += solution[order[p]];
+    int best = -1;
+    for (int place = count; place < size; ++place) {
+      const int i = order[place];
+      double z = -right(i, t) - ridge * centre[i];
+      for (int p = 0; p < count; ++p) z += matrix[i * size + order[p]] * solution[order[p]];
+      const double rounding = 2 * size * DBL_EPSILON * (total + std::fabs(offset[i]) + std::fabs(t * slope[i]));
+      if (z < -rounding && z < lowest && !rejected[i]) {
+        lowest = z;
+        best = place;
+      }
+    }
+    return best;
+  }
+
+  /// Leaves the solution at t in `solution`.
+  MTL_HOST_DEVICE void solve(double t) {
+    for (int i = 0; i < size; ++i) rejected[i] = 0;
+    int newest = -1;
+    const int max_steps = 16 * size + 64;  // several times what the hardest problems take
+    for (int step = 0; step < max_steps; ++step) {
+      for (int p = 0; p < count; ++p) trial[p] = right(order[p], t) + ridge * centre[order[p]];
+      substitute(trial);
+      double length = 1.0;
+      int blocking = -1;
+      for (int p = 0; p < count; ++p) {
+        if (trial[p] > 0.0) continue;
+        const double u = solution[order[p]], reach = u > 0.0 ? u / (u - trial[p]) : 0.0;
+        if (blocking < 0 || reach < length) {
+          length = reach;
+          blocking = p;
         }
       }
-      solved_offset[p] = b / factor[p * size + p];
-      solved_slope[p] = a / factor[p * size + p];
-      position[i] = p;
-    }
-  }
-
-  /// Moves an index into or out of the positive set.
-  MTL_HOST_DEVICE void toggle(int i) {
-    if (position[i] < 0) {
-      order[count++] = i;
-      refactor(count - 1);
-      return;
-    }
-    const int gap = position[i];
-    position[i] = -1;
-    --count;
-    for (int p = gap; p < count; ++p) order[p] = order[p + 1];
-    refactor(gap);
-  }
-
-  /// u, z and their derivatives at t on the line that the current positive set defines.
-  MTL_HOST_DEVICE void evaluate(double t) {
-    for (int p = count - 1; p >= 0; --p) {
-      double u = t * solved_slope[p] - solved_offset[p], du = solved_slope[p];
-      for (int q = p + 1; q < count; ++q) {
-        u -= factor[q * size + p] * value[q];
-        du -= factor[q * size + p] * change[q];
+      for (int p = 0; p < count; ++p) solution[order[p]] += length * (trial[p] - solution[order[p]]);
+      if (blocking >= 0) {
+        if (order[blocking] == newest) rejected[newest] = 1;
+        leave(blocking);
+        continue;
       }
-      value[p] = u / factor[p * size + p];
-      change[p] = du / factor[p * size + p];
+      const int place = candidate(t);
+      if (place < 0) return;
+      newest = order[place];
+      enter(place);
     }
-    double total = 0.0;
-    for (int p = 0; p < count; ++p) total += std::fabs(change[p]);
+  }
+
+  /// u' right(t) at the solution for t: u' R u, but for what the ridge changes.
+  MTL_HOST_DEVICE double square(double t) const {
+    double sum = 0.0;
+    for (int p = 0; p < count; ++p) sum += solution[order[p]] * right(order[p], t);
+    return sum;
+  }
+
+  /// The index that becomes positive first as t grows, at t = offset / slope.
+  MTL_HOST_DEVICE int first() const {
+    int best = -1;
     for (int i = 0; i < size; ++i) {
-      if (position[i] >= 0) continue;
-      double z = offset[i] - t * slope[i], dz = -slope[i];
-      for (int p = 0; p < count; ++p) {
-        z += matrix[i * size + order[p]] * value[p];
-        dz += matrix[i * size + order[p]] * change[p];
-      }
-      residual[i] = z;
-      // A rate below its own rounding error would let an index come and go for ever; ignoring it costs z_i no more than that error.
-      residual_change[i] = dz < -(count + 1) * DBL_EPSILON * (slope[i] + total) ? dz : 0.0;
+      if (slope[i] > 0.0 && (best < 0 || offset[i] / slope[i] < offset[best] / slope[best])) best = i;
     }
+    return best;
   }
 
-  /// The next breakpoint after `t` as seen from the last evaluated `anchor`, and its index (-1: there is none).
-  MTL_HOST_DEVICE double breakpoint(double anchor, double t, int* which) const {
-    double first = INFINITY;
-    *which = -1;
-    double total = 0.0;
-    for (int p = 0; p < count; ++p) total += std::fabs(value[p]);
-    const double tolerance = 32 * size * DBL_EPSILON;
-    for (int i = 0; i < size; ++i) {
-      const int p = position[i];
-      const double distance = p >= 0 ? value[p] : residual[i], rate = p >= 0 ? change[p] : residual_change[i];
-      const bool wrong = p < 0 && anchor == t && distance < -tolerance * (total + std::fabs(offset[i]) + std::fabs(t * slope[i]));
-      if (!(rate < 0.0) && !wrong) continue;
-      const double at = wrong ? t : std::fmax(anchor - distance / rate, t);
-      if (at < first) {
-        first = at;
-        *which = i;
-      }
-    }
-    return first;
-  }
-
-  /// Where u' M u reaches `square` on the current line, seen from the last evaluated `anchor`; inf: nowhere.
-  MTL_HOST_DEVICE double crossing(double anchor, double square) const {
-    double norm = 0.0, rate = 0.0, curvature = 0.0;
-    for (int p = 0; p < count; ++p) {
-      norm += value[p] * (anchor * slope[order[p]] - offset[order[p]]);  // u' M u = u' (t slope - offset)
-      rate += value[p] * slope[order[p]];
-      curvature += change[p] * slope[order[p]];
-    }
-    const double missing = square - norm, root = std::sqrt(std::fmax(rate * rate + curvature * missing, 0.0));
-    const double denominator = rate + root;
-    return denominator > 0.0 ? anchor + missing / denominator : INFINITY;
-  }
-
-  /// Follows the path until t = end or u' M u = square, whichever comes first; writes u to `solution`. Returns whether `square` was reached.
-  MTL_HOST_DEVICE bool follow(double end, double square) {
-    count = 0;
-    double t = INFINITY;
-    int which = -1;
-    for (int i = 0; i < size; ++i) {
-      solution[i] = 0.0;
-      position[i] = -1;
-      if (offset[i] / slope[i] < t) {
-        t = offset[i] / slope[i];
-        which = i;
-      }
-    }
-    if (which < 0 || t >= end) return false;
-    toggle(which);
-    bool reached = false;
-    const int max_breakpoints = 16 * size + 64;  // several times what the hardest problems take
-    for (int step = 0;; ++step) {
-      // Seen from t, a point much closer to zero would lose its digits; seen from zero, it keeps them.
-      double stop = 0.0, next = 0.0, anchor = t;
-      for (int pass = 0; pass < 2; ++pass) {
-        evaluate(anchor);
-        const double crosses = square < INFINITY ? std::fmax(crossing(anchor, square), t) : INFINITY;
-        reached = crosses <= end;
-        stop = reached ? crosses : end;
-        next = breakpoint(anchor, t, &which);
-        if (anchor == 0.0 || std::fabs(std::fmin(stop, next)) >= 0.5 * std::fabs(t)) break;
-        anchor = 0.0;
-      }
-      if (stop <= next || step == max_breakpoints) {
-        evaluate(stop <= next ? stop : t);
-        break;
-      }
+  /// Solves for the t where `square` reaches `target`, beginning at t; returns that t. The square grows with t and is
+  /// piecewise quadratic: each step solves the current piece exactly, within a bracket that is halved every fourth step.
+  MTL_HOST_DEVICE double reach(double target, double t) {
+    double low = offset[first()] / slope[first()], high = INFINITY;
+    const int max_steps = 400;
+    for (int step = 0; step < max_steps; ++step) {
+      solve(t);
+      const double missing = target - square(t);
+      double rounding = target;
+      for (int p = 0; p < count; ++p) rounding += solution[order[p]] * (std::fabs(t * slope[order[p]]) + std::fabs(offset[order[p]]));
+      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding) break;
+      (missing > 0.0 ? low : high) = t;
+      double next = crossing(t, missing);
+      if (!(next > low && next < high) || (step % 4 == 3 && high < INFINITY)) next = low + (high - low) / 2;
+      if (next <= low || next >= high) break;
       t = next;
-      toggle(which);
     }
-    for (int p = 0; p < count; ++p) solution[order[p]] = std::fmax(value[p], 0.0);
-    return reached;
+    return t;
+  }
+
+  /// Where `square` changes by `missing` if the positive set stays as it is; NaN where u is zero.
+  MTL_HOST_DEVICE double crossing(double t, double missing) {
+    for (int p = 0; p < count; ++p) rate[p] = slope[order[p]];
+    substitute(rate);
+    double first = 0.0, second = 0.0;
+    for (int p = 0; p < count; ++p) {
+      first += solution[order[p]] * slope[order[p]];
+      second += rate[p] * slope[order[p]];
+    }
+    const double root = std::sqrt(std::fmax(first * first + second * missing, 0.0));
+    return t + missing / (first + root);
   }
 };
 
-/// Sets M to the cosines of the gradients plus a ridge of 16 K eps, a few times the rounding error of a Gram. The ridge makes the path
-/// unique (equal gradients get equal weights) and moves (G w)_i by at most 16 K eps n_i sum_j w_j n_j. Returns the ridge.
-MTL_HOST_DEVICE inline double set_cosines(const double* gram, Path& path) {
-  const int size = path.size;
-  const double ridge = 16 * size * DBL_EPSILON;
-  cosine(gram, size, path.matrix, path.value);
-  for (int i = 0; i < size; ++i) {
-    path.norm[i] = gram[i * size + i] > 0.0 ? std::sqrt(gram[i * size + i]) : 0.0;
-    path.matrix[i * size + i] = 1.0 + ridge;
-  }
-  return ridge;
-}
+/// Solves per problem: one, and proximal point steps.
+constexpr int kRounds = 3;
+
+/// Share of the ridge in u' M u above which g_w is 0 to the precision of the Gram.
+constexpr double kNegligible = 1e-3;
 
 MTL_HOST_DEVICE inline void fill(double* values, int count, double value) {
   for (int i = 0; i < count; ++i) values[i] = value;
@@ -332,22 +350,23 @@ MTL_HOST_DEVICE inline void fill(double* values, int count, double value) {
 /// Guarantee: (G w)_i >= w' G w - 1e-11 n_i sum_j w_j n_j for every i. All NaN where G is not finite.
 ///
 /// In u_i = n_i w_i the problem is min u' R u with R the cosines and u / n on the simplex; up to scale its solution is the one of
-/// min_{u >= 0} u' R u / 2 - u' (1 / n), the end t = 0 of the path with offset -1 / n and slope 1.
+/// min_{u >= 0} u' R u / 2 - u' (1 / n).
 MTL_HOST_DEVICE inline void mgda_weights(const double* gram, int size, double* doubles, int* integers, double* weights) {
   if (!all_finite(gram, size * size)) return fill(weights, size, NAN);
-  Path path(size, doubles, integers);
-  set_cosines(gram, path);
+  QuadraticProgram program(size, doubles, integers);
+  program.set_gram(gram);
   double smallest = INFINITY, total = 0.0;
-  for (int i = 0; i < size; ++i) smallest = std::fmin(smallest, path.norm[i]);
-  if (smallest > 0.0) {
-    for (int i = 0; i < size; ++i) {
-      path.offset[i] = -smallest / path.norm[i];
-      path.slope[i] = 1.0;
-    }
-    path.follow(0.0, INFINITY);
+  for (int i = 0; i < size; ++i) smallest = std::fmin(smallest, program.norm[i]);
+  for (int i = 0; i < size; ++i) {
+    program.offset[i] = smallest > 0.0 ? -smallest / program.norm[i] : 0.0;
+    program.slope[i] = 0.0;
+  }
+  for (int round = 0; round < kRounds && smallest > 0.0; ++round) {
+    program.solve(0.0);
+    program.recentre();
   }
   for (int i = 0; i < size; ++i) {
-    weights[i] = smallest > 0.0 ? -path.solution[i] * path.offset[i] : path.norm[i] == 0.0;
+    weights[i] = smallest > 0.0 ? -program.solution[i] * program.offset[i] : program.norm[i] == 0.0;
     total += weights[i];
   }
   for (int i = 0; i < size; ++i) weights[i] /= total;
@@ -355,46 +374,47 @@ MTL_HOST_DEVICE inline void mgda_weights(const double* gram, int size, double* d
 
 /// CAGrad (Liu et al. 2021, Algorithm 1): 1 / K + c |g_0| / |g_w| w with g_0 the mean gradient and w on the simplex minimising
 /// <g_w, g_0> + c |g_0| |g_w|. All 0 where the minimiser is g_w = 0 (a Pareto-stationary point), all NaN where G is not finite.
+/// Guarantee: with d the update, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every i, d_j its weights.
 ///
 /// With v = c |g_0| / |g_w| w and u_i = n_i v_i / |g_0|, optimality reads R u + b - t / n >= 0, complementary to u >= 0, and
-/// u' R u = c^2, where R are the cosines and b_i = cos(g_i, g_0): the point of the path in t where u' R u reaches c^2.
-/// A zero gradient keeps t from becoming positive.
+/// u' R u = c^2, where R are the cosines and b_i = cos(g_i, g_0). A zero gradient keeps t from becoming positive.
 MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double c, double* doubles, int* integers, double* weights) {
   if (!all_finite(gram, size * size)) return fill(weights, size, NAN);
-  Path path(size, doubles, integers);
-  const double ridge = set_cosines(gram, path);
-  double smallest = INFINITY, largest = 0.0, mean_square = 0.0, end = INFINITY;
+  QuadraticProgram program(size, doubles, integers);
+  program.set_gram(gram);
+  const double* norm = program.norm;
+  double smallest = INFINITY, largest = 0.0, mean_square = 0.0;
   for (int i = 0; i < size; ++i) {
-    largest = std::fmax(largest, path.norm[i]);
-    if (path.norm[i] > 0.0) smallest = std::fmin(smallest, path.norm[i]);
+    largest = std::fmax(largest, norm[i]);
+    if (norm[i] > 0.0) smallest = std::fmin(smallest, norm[i]);
   }
   for (int i = 0; i < size; ++i) {  // in units of the largest norm, so that nothing overflows
     double inner = 0.0;
-    for (int j = 0; j < size && path.norm[i] > 0.0; ++j) inner += gram[i * size + j] / path.norm[i] / largest / size;
-    path.offset[i] = inner;
-    mean_square += inner * (path.norm[i] / largest) / size;
+    for (int j = 0; j < size && norm[i] > 0.0; ++j) inner += gram[i * size + j] / norm[i] / largest / size;
+    program.offset[i] = inner;
+    mean_square += inner * (norm[i] / largest) / size;
   }
   if (!(mean_square > 0.0)) return fill(weights, size, 0.0);
   if (c == 0.0) return fill(weights, size, 1.0 / size);
-  const double mean = std::sqrt(mean_square);
+  const double mean = std::sqrt(mean_square), target = c * c;
+  bool any_zero = false;
   for (int i = 0; i < size; ++i) {
-    const bool zero = path.norm[i] == 0.0;
-    path.offset[i] = clamp_cosine(path.offset[i] / mean);
-    path.slope[i] = zero ? 0.0 : smallest / path.norm[i];
-    if (zero) end = 0.0;
+    program.offset[i] /= mean;
+    program.slope[i] = norm[i] > 0.0 ? smallest / norm[i] : 0.0;
+    any_zero = any_zero || norm[i] == 0.0;
   }
-  const bool reached = path.follow(end, c * c);
-  double square = 0.0, ridged = 0.0;
-  for (int i = 0; i < size; ++i) {
-    for (int j = 0; j < size; ++j) square += path.solution[i] * path.solution[j] * (path.matrix[i * size + j] - (i == j ? ridge : 0.0));
-    ridged += path.solution[i] * path.solution[i] * ridge;
+  const int first = program.first();
+  double t = (program.offset[first] + c) / program.slope[first];  // exact while the first index is alone
+  for (int round = 0; round < kRounds; ++round) {
+    t = program.reach(target, t);
+    double ridged = 0.0;
+    for (int i = 0; i < size; ++i) ridged += program.ridge * program.solution[i] * program.solution[i];
+    const bool stationary = (round == 0 && ridged > kNegligible * target) || (any_zero && t >= 0.0);
+    if (stationary) return fill(weights, size, 0.0);
+    program.recentre();
   }
-  // Where the ridge shows in the result, g_w is 0 to the precision of the Gram.
-  if (!reached || ridged > 1e-3 * square) return fill(weights, size, 0.0);
-  const double scale = c * mean / std::sqrt(square);
-  for (int i = 0; i < size; ++i) {
-    weights[i] = 1.0 / size + (path.norm[i] > 0.0 ? scale * path.solution[i] * (largest / path.norm[i]) : 0.0);
-  }
+  const double scale = c * mean / std::sqrt(program.square(t));
+  for (int i = 0; i < size; ++i) weights[i] = 1.0 / size + (norm[i] > 0.0 ? scale * program.solution[i] * (largest / norm[i]) : 0.0);
 }
 
 }  // namespace mtlkernels

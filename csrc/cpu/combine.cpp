@@ -3,6 +3,8 @@
 // Sums run in float64 in the order of k and are rounded once; the memory is slower than the arithmetic. Results that no cache
 // could keep are stored past it, which saves reading the line before it is overwritten.
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace mtlkernels::cpu {
@@ -10,6 +12,10 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector and cache line
 constexpr int kRows = 8;          // rows per sweep: their pointers and the output's stay in registers
+
+/// What a sum is rounded to on its way to a T.
+template <typename T>
+using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
 
 /// One sweep over up to kRows rows: from the sums of earlier sweeps (unless `First`) to the output or to the next sweep.
 template <typename T, int R, bool First, bool Last, bool Stream>
@@ -36,9 +42,9 @@ void sweep(const T* const* rows, const double* weights, int64_t count, double* s
   }
   for (; e < count; ++e) {
     double sum = First ? 0.0 : sums[e];
-    for (int r = 0; r < R; ++r) sum += weights[r] * double(row[r][e]);
+    for (int r = 0; r < R; ++r) sum += weights[r] * double(to_float(row[r][e]));
     if constexpr (Last) {
-      out[e] = T(sum);
+      from_float(Rounded<T>(sum), out + e);
     } else {
       sums[e] = sum;
     }
@@ -82,62 +88,84 @@ void combine_block(const T* const* rows, const double* weights, int num_rows, in
 
 template <typename From, typename To>
 void scatter(const From* from, const Layout& layout, const int64_t* strides, int64_t begin, int64_t count, To* to) {
-  if (layout.dim == 0) return convert_back(from, count, to + begin);
   for_runs(layout, strides, begin, count, [&](int64_t offset, int64_t stride, int64_t run, int64_t at) {
     for (int64_t i = 0; i < run; ++i) from_float(from[at + i], to + offset + i * stride);
   });
 }
 
+/// The rows of `weights` [num_out][num_rows] over one block, read from rows[k] (null: no gradient) and written to to[m].
 template <typename T>
-void write_row(const T* values, const Column& column, const Output& out, int m, int64_t begin, int64_t count) {
-  const int64_t* strides = column.layout.dim ? out.strides[m] : nullptr;
-  if constexpr (sizeof(T) == 8) {
-    scatter(values, column.layout, strides, begin, count, static_cast<double*>(out.rows[m]));
-  } else if (column.dtype == DType::float32) {
-    scatter(values, column.layout, strides, begin, count, static_cast<float*>(out.rows[m]));
-  } else if (column.dtype == DType::bfloat16) {
-    scatter(values, column.layout, strides, begin, count, static_cast<BFloat16*>(out.rows[m]));
-  } else {
-    scatter(values, column.layout, strides, begin, count, static_cast<Float16*>(out.rows[m]));
+class Block {
+ public:
+  explicit Block(int num_rows) : num_rows_(num_rows), scratch_(kBlock * sizeof(double) + size_t(num_rows) * 16) {
+    sums_ = scratch_.as<double>();
+    weights_ = sums_ + kBlock;
+    rows_ = reinterpret_cast<const T**>(weights_ + num_rows);
   }
+
+  void run(const T* const* rows, const double* weights, int64_t count, T* to, bool stream) {
+    int used = 0;
+    for (int k = 0; k < num_rows_; ++k) {
+      if (!rows[k] || weights[k] == 0) continue;
+      rows_[used] = rows[k];
+      weights_[used++] = weights[k];
+    }
+    combine_block<T>(rows_, weights_, used, count, sums_, to, stream);
+  }
+
+ private:
+  const int num_rows_;
+  Scratch scratch_;
+  double *sums_, *weights_;
+  const T** rows_;
+};
+
+/// Rows and outputs lie flat in memory as they are.
+template <typename T>
+void combine_flat(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
+  Block<T> block(column.num_rows);
+  Scratch scratch(size_t(column.num_rows) * 8);
+  const T** rows = scratch.as<const T*>();
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock;
+    for (int k = 0; k < column.num_rows; ++k) rows[k] = column.rows[k] ? static_cast<const T*>(column.rows[k]) + at : nullptr;
+    for (int m = 0; m < out.num_rows; ++m) {
+      T* to = static_cast<T*>(out.rows[m]) + at;
+      block.run(rows, weights + m * column.num_rows, count, to, out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0);
+    }
+  }
+  if (out.stream) fence_streaming();
 }
 
-template <typename T>
-void combine_range(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
+/// Any strides: blocks of rows are gathered as T, and results scattered to S.
+template <typename T, typename S>
+void combine_strided(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
   const int num_rows = column.num_rows;
-  const bool direct = column.layout.dim == 0 && column.dtype == (sizeof(T) == 4 ? DType::float32 : DType::float64);
-  // Per block: every row converted once, the results of all outputs, and the float64 sums of one.
-  const size_t converted = direct ? 0 : size_t(num_rows) * kBlock, results = direct ? 0 : size_t(out.num_rows) * kBlock;
-  Scratch scratch(kBlock * sizeof(double) + (converted + results) * sizeof(T) + size_t(num_rows) * 3 * 8);
-  double* sums = scratch.as<double>();
-  T* values = reinterpret_cast<T*>(sums + kBlock);
-  T* finished = values + converted;
-  double* used_weights = reinterpret_cast<double*>(finished + results);
-  const T** rows = reinterpret_cast<const T**>(used_weights + num_rows);
-  const T** used = rows + num_rows;
-
+  Block<T> block(num_rows);
+  Scratch scratch(size_t(num_rows + out.num_rows) * kBlock * sizeof(T) + size_t(num_rows) * 8);
+  const T** rows = scratch.as<const T*>();
+  T* values = reinterpret_cast<T*>(rows + num_rows);
+  T* results = values + size_t(num_rows) * kBlock;
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
     for (int k = 0; k < num_rows; ++k) {
       bool read = false;
       for (int m = 0; m < out.num_rows && column.rows[k]; ++m) read |= weights[m * num_rows + k] != 0;
-      rows[k] = read ? read_row<T>(column, k, at, count, values + (direct ? 0 : k * kBlock)) : nullptr;
+      rows[k] = read ? read_row<T>(column, k, at, count, values + k * kBlock) : nullptr;
     }
-    for (int m = 0; m < out.num_rows; ++m) {
-      int num_used = 0;
-      for (int k = 0; k < num_rows; ++k) {
-        if (!rows[k] || weights[m * num_rows + k] == 0) continue;
-        used[num_used] = rows[k];
-        used_weights[num_used++] = weights[m * num_rows + k];
-      }
-      T* to = direct ? static_cast<T*>(out.rows[m]) + at : finished + m * kBlock;
-      const bool stream = direct && out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-      combine_block<T>(used, used_weights, num_used, count, sums, to, stream);
-    }
-    // Only now: an output may be one of the rows that a later output reads.
-    for (int m = 0; m < out.num_rows && !direct; ++m) write_row<T>(finished + m * kBlock, column, out, m, at, count);
+    for (int m = 0; m < out.num_rows; ++m) block.run(rows, weights + m * num_rows, count, results + m * kBlock, false);
+    for (int m = 0; m < out.num_rows; ++m)
+      scatter(results + m * kBlock, column.layout, out.strides[m], at, count, static_cast<S*>(out.rows[m]));
   }
-  if (out.stream) fence_streaming();
+}
+
+template <typename T, typename S>
+void combine_range(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
+  if (column.layout.dim == 0) {
+    combine_flat<S>(column, weights, begin, end, out);
+  } else {
+    combine_strided<T, S>(column, weights, begin, end, out);
+  }
 }
 
 }  // namespace
@@ -146,10 +174,11 @@ namespace MTL_ISA {
 
 void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
   if (begin >= end) return;
-  if (column.dtype == DType::float64) {
-    combine_range<double>(column, weights, begin, end, out);
-  } else {
-    combine_range<float>(column, weights, begin, end, out);
+  switch (column.dtype) {
+    case DType::float32: return combine_range<float, float>(column, weights, begin, end, out);
+    case DType::bfloat16: return combine_range<float, BFloat16>(column, weights, begin, end, out);
+    case DType::float16: return combine_range<float, Float16>(column, weights, begin, end, out);
+    case DType::float64: return combine_range<double, double>(column, weights, begin, end, out);
   }
 }
 

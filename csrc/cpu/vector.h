@@ -189,6 +189,58 @@ inline void from_float(float value, Float16* to) {
   }
 }
 
+template <typename Half>
+inline DoubleVector load_half_as_double(const Half* from) {
+  HalfFloatVector narrow;
+  for (int lane = 0; lane < kLanes<double>; ++lane) narrow[lane] = to_float(from[lane]);
+  return __builtin_convertvector(narrow, DoubleVector);
+}
+
+template <typename Half>
+inline void store_half(Half* to, DoubleVector value) {
+  const HalfFloatVector narrow = __builtin_convertvector(value, HalfFloatVector);
+  for (int lane = 0; lane < kLanes<double>; ++lane) from_float(narrow[lane], to + lane);
+}
+
+#if defined(__AVX512F__)
+inline DoubleVector load_as_double(const BFloat16* from) {
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+  return (DoubleVector)_mm512_cvtps_pd(_mm256_castsi256_ps(bits));
+}
+inline DoubleVector load_as_double(const Float16* from) {
+  return (DoubleVector)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+}
+inline __m128i narrowed(DoubleVector value, BFloat16*) {
+  const __m256 single = _mm512_cvtpd_ps((__m512d)value);
+  const __m256i bits = _mm256_castps_si256(single), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __mmask8 nan = _mm256_cmp_ps_mask(single, single, _CMP_UNORD_Q);
+  return _mm256_cvtepi32_epi16(_mm256_mask_mov_epi32(rounded, nan, _mm256_set1_epi32(0x7fc0)));
+}
+inline __m128i narrowed(DoubleVector value, Float16*) {
+  return _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)value), _MM_FROUND_TO_NEAREST_INT);
+}
+template <typename Half>
+inline void store_cached(Half* to, DoubleVector value) {
+  _mm_storeu_si128((__m128i*)to, narrowed(value, to));
+}
+template <typename Half>
+inline void store_streaming(Half* to, DoubleVector value) {
+  _mm_stream_si128((__m128i*)to, narrowed(value, to));
+}
+#else
+inline DoubleVector load_as_double(const BFloat16* from) { return load_half_as_double(from); }
+inline DoubleVector load_as_double(const Float16* from) { return load_half_as_double(from); }
+template <typename Half>
+inline void store_cached(Half* to, DoubleVector value) {
+  store_half(to, value);
+}
+template <typename Half>
+inline void store_streaming(Half* to, DoubleVector value) {
+  store_half(to, value);
+}
+#endif
+
 template <typename From, typename To>
 inline void convert(const From* from, int64_t count, To* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = To(to_float(from[i]));
@@ -199,20 +251,6 @@ inline void convert(const Float16* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
   for (; i < count; ++i) to[i] = to_float(from[i]);
-}
-#endif
-
-template <typename From, typename To>
-inline void convert_back(const From* from, int64_t count, To* to) {
-  for (int64_t i = 0; i < count; ++i) from_float(from[i], to + i);
-}
-
-#if defined(__F16C__)
-inline void convert_back(const float* from, int64_t count, Float16* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-  for (; i < count; ++i) from_float(from[i], to + i);
 }
 #endif
 

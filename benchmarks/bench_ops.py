@@ -1,0 +1,69 @@
+"""Gram, combine and aggregate on ResNet-50's gradients against one read of them and against flat matrix products.
+
+    make bench                                  # all
+    make bench ARGS="--tasks 2,8 --threads 2"   # some
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from shapes import resnet50
+from torch import Tensor
+
+import mtlkernels as mtl
+
+Rows = list[list[Tensor]]
+
+
+@pytest.fixture(scope="module")
+def grads(num_tasks: int, dtype: torch.dtype) -> Iterator[Rows]:
+    torch.manual_seed(0)
+    yield [[torch.randn(shape).to(dtype) for shape in resnet50()] for _ in range(num_tasks)]
+
+
+@pytest.fixture(scope="module")
+def buffers(dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    yield [torch.zeros(shape, dtype=dtype) for shape in resnet50()]
+
+
+@pytest.fixture
+def measure(benchmark, num_tasks: int, dtype: torch.dtype) -> Callable[[str, Callable[[], object]], None]:
+    def run(op: str, call: Callable[[], object]) -> None:
+        num_elements = sum(torch.Size(shape).numel() for shape in resnet50())
+        size = num_tasks * num_elements * torch.finfo(dtype).bits // 8
+        benchmark.extra_info.update(op=op, num_tasks=num_tasks, dtype=str(dtype)[6:], bytes=size)
+        benchmark.pedantic(call, warmup_rounds=1, rounds=7)
+
+    return run
+
+
+def bench_read_sum(measure, grads: Rows) -> None:
+    tensors = [t for row in grads for t in row]
+    measure("read: sum", lambda: [t.sum() for t in tensors])
+
+
+def bench_read_amax(measure, grads: Rows) -> None:
+    tensors = [t for row in grads for t in row]
+    measure("read: amax", lambda: [t.amax() for t in tensors])
+
+
+def bench_gram(measure, grads: Rows) -> None:
+    measure("gram", lambda: mtl.gram(grads))
+
+
+def bench_combine(measure, grads: Rows, buffers: list[Tensor]) -> None:
+    weights = torch.rand(len(grads), dtype=torch.float64)
+    measure("combine, existing buffers", lambda: mtl.combine(grads, weights, out=buffers))
+
+
+def bench_aggregate(measure, grads: Rows, buffers: list[Tensor]) -> None:
+    weighting = mtl.get_weighting("pcgrad")
+    measure("aggregate pcgrad, existing buffers", lambda: mtl.aggregate(grads, weighting, out=buffers))
+
+
+def bench_flat_products(measure, grads: Rows) -> None:
+    """The strongest plain PyTorch: matrix products on rows that were made flat beforehand, for free."""
+    flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in grads])
+    weights = torch.rand(len(grads), dtype=flat.dtype)
+    measure("flat G @ G.T; w @ G", lambda: (flat @ flat.T, weights @ flat))
