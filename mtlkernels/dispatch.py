@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,8 +54,10 @@ def use_backend(name: str) -> Iterator[None]:
         raise RuntimeError('use_backend("cpp") inside use_backend("reference") is not supported; leave the outer block first.')
     library = torch.library.Library(NAMESPACE, "IMPL") if name == "reference" else None
     if library is not None:
-        for op, reference in REFERENCES.items():
-            library.impl(op, reference, "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch tells of every override
+            for op, reference in REFERENCES.items():
+                library.impl(op, reference, "CPU", allow_override=True)
     _forced.append(name)
     try:
         yield

@@ -291,6 +291,13 @@ struct QuadraticProgram {
     return sum;
   }
 
+  /// Whether the ridge shows in u' M u = target: then M u is 0 to the precision of the Gram.
+  MTL_HOST_DEVICE bool negligible(double target) const {
+    double sum = 0.0;
+    for (int i = 0; i < size; ++i) sum += solution[i] * solution[i];
+    return ridge * sum > 1e-3 * target;
+  }
+
   /// The index that becomes positive first as t grows, at t = offset / slope.
   MTL_HOST_DEVICE int first() const {
     int best = -1;
@@ -310,7 +317,7 @@ struct QuadraticProgram {
       const double missing = target - square(t);
       double rounding = target;
       for (int p = 0; p < count; ++p) rounding += solution[order[p]] * (std::fabs(t * slope[order[p]]) + std::fabs(offset[order[p]]));
-      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding) break;
+      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding || (missing > 0.0 && negligible(target))) break;
       (missing > 0.0 ? low : high) = t;
       double next = crossing(t, missing);
       if (!(next > low && next < high) || (step % 4 == 3 && high < INFINITY)) next = low + (high - low) / 2;
@@ -336,9 +343,6 @@ struct QuadraticProgram {
 
 /// Solves per problem: one, and proximal point steps.
 constexpr int kRounds = 3;
-
-/// Share of the ridge in u' M u above which g_w is 0 to the precision of the Gram.
-constexpr double kNegligible = 1e-3;
 
 MTL_HOST_DEVICE inline void fill(double* values, int count, double value) {
   for (int i = 0; i < count; ++i) values[i] = value;
@@ -407,9 +411,7 @@ MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double 
   double t = (program.offset[first] + c) / program.slope[first];  // exact while the first index is alone
   for (int round = 0; round < kRounds; ++round) {
     t = program.reach(target, t);
-    double ridged = 0.0;
-    for (int i = 0; i < size; ++i) ridged += program.ridge * program.solution[i] * program.solution[i];
-    const bool stationary = (round == 0 && ridged > kNegligible * target) || (any_zero && t >= 0.0);
+    const bool stationary = (round == 0 && program.negligible(target)) || (any_zero && t >= 0.0);
     if (stationary) return fill(weights, size, 0.0);
     program.recentre();
   }

@@ -1,0 +1,291 @@
+// The K x K stage on the CPU: a loop over the problems of a batch around the functions of common/kxk.h.
+
+#include "../common/kxk.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../common/philox.h"
+
+namespace mtlkernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void check(bool condition, const char* message) { STD_TORCH_CHECK(condition, message); }
+
+/// A tensor [..., inner dims] as a batch of problems, whatever its strides.
+class Batch {
+ public:
+  Batch(const Tensor& tensor, int64_t inner) : strides_(tensor.strides().begin(), tensor.strides().end()) {
+    lead_.assign(tensor.sizes().begin(), tensor.sizes().end() - inner);
+    for (const int64_t size : lead_) count_ *= size;
+  }
+
+  int64_t count() const { return count_; }
+  const std::vector<int64_t>& lead() const { return lead_; }
+
+  /// Stride of inner dimension `dim`, counted from the last: 0, 1, ...
+  int64_t stride(int64_t dim) const { return strides_[strides_.size() - 1 - dim]; }
+
+  /// Elements between the tensor's first and those of problem `index`.
+  int64_t offset(int64_t index) const {
+    int64_t result = 0;
+    for (int64_t dim = int64_t(lead_.size()) - 1; dim >= 0; --dim) {
+      result += index % lead_[dim] * strides_[dim];
+      index /= lead_[dim];
+    }
+    return result;
+  }
+
+ private:
+  std::vector<int64_t> lead_, strides_;
+  int64_t count_ = 1;
+};
+
+/// Gram matrices [..., K, K] of float32 or float64.
+class Grams : public Batch {
+ public:
+  explicit Grams(const Tensor& gram) : Batch(checked(gram), 2), size_(int(gram.size(-1))), data_(gram.const_data_ptr()) {
+    is_float_ = gram.scalar_type() == ScalarType::Float;
+  }
+
+  int size() const { return size_; }
+  bool is_float() const { return is_float_; }
+
+  /// Problem `index` as row-major float64.
+  void load(int64_t index, double* matrix) const {
+    is_float_ ? load_as(static_cast<const float*>(data_), index, matrix) : load_as(static_cast<const double*>(data_), index, matrix);
+  }
+
+  /// Calls body(begin, end) on ranges of problems, each on one thread; a thread gets at least about a tenth of a millisecond of work.
+  template <class Body>
+  void for_each_range(const Body& body) const {
+    const int64_t cube = int64_t(size_) * size_ * size_ + 64;
+    if (count() > 0) torch::stable::parallel_for(0, count(), std::max<int64_t>(1, 100000 / cube), body);
+  }
+
+ private:
+  static const Tensor& checked(const Tensor& gram) {
+    check(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
+    check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double, "gram must be float64 or float32");
+    return gram;
+  }
+
+  template <class T>
+  void load_as(const T* data, int64_t index, double* matrix) const {
+    data += offset(index);
+    for (int64_t i = 0; i < size_; ++i) {
+      for (int64_t j = 0; j < size_; ++j) matrix[i * size_ + j] = static_cast<double>(data[i * stride(1) + j * stride(0)]);
+    }
+  }
+
+  int size_;
+  bool is_float_;
+  const void* data_;
+};
+
+void store(const Tensor& result, int64_t begin, const double* values, int64_t count) {
+  if (result.scalar_type() == ScalarType::Float) {
+    float* out = static_cast<float*>(result.mutable_data_ptr()) + begin;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(values[i]);
+  } else {
+    std::copy(values, values + count, static_cast<double*>(result.mutable_data_ptr()) + begin);
+  }
+}
+
+Tensor empty(const Tensor& like, std::vector<int64_t> lead, std::initializer_list<int64_t> inner) {
+  lead.insert(lead.end(), inner);
+  return torch::stable::new_empty(like, lead);
+}
+
+// --- what a Gram tells ------------------------------------------------------------------------------------------------
+
+using MatrixFunction = void (*)(const double* gram, int size, double* result, double* scratch);
+
+Tensor map_to_matrix(const Tensor& gram, MatrixFunction function) {
+  const Grams grams(gram);
+  const int size = grams.size(), square = size * size;
+  Tensor result = empty(gram, grams.lead(), {size, size});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(square), values(square), scratch(size);
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      function(matrix.data(), size, values.data(), scratch.data());
+      store(result, b * square, values.data(), square);
+    }
+  });
+  return result;
+}
+
+template <class Function>
+Tensor map_to_scalar(const Tensor& gram, const Function& function) {
+  const Grams grams(gram);
+  const int square = grams.size() * grams.size();
+  Tensor result = empty(gram, grams.lead(), {});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(square), scratch(square);
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      const double value = function(matrix.data(), grams.size(), scratch.data());
+      store(result, b, &value, 1);
+    }
+  });
+  return result;
+}
+
+Tensor cosine_op(const Tensor& gram) { return map_to_matrix(gram, cosine); }
+
+Tensor magnitude_similarity_op(const Tensor& gram) { return map_to_matrix(gram, magnitude_similarity); }
+
+Tensor conflict_rate_op(const Tensor& gram) {
+  return map_to_scalar(gram, [](const double* matrix, int size, double*) { return conflict_rate(matrix, size); });
+}
+
+Tensor condition_number_op(const Tensor& gram) {
+  const double epsilon = gram.scalar_type() == ScalarType::Float ? FLT_EPSILON : DBL_EPSILON;
+  return map_to_scalar(gram, [&](const double* matrix, int size, double* scratch) { return condition_number(matrix, size, epsilon, scratch); });
+}
+
+// --- weightings over the active tasks ---------------------------------------------------------------------------------
+
+/// Solves each problem over its active tasks, as if the others did not exist: they get weight 0.
+template <class Solver>
+Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, const Solver& solver) {
+  const Grams grams(gram);
+  const int size = grams.size();
+  check(gram.scalar_type() == ScalarType::Double, "gram must be float64");
+  const Batch mask(active ? *active : gram, active ? 1 : 2);
+  if (active) {
+    check(active->scalar_type() == ScalarType::Bool, "active must be bool");
+    check(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(), "active must have the shape [..., K] of gram");
+  }
+  Tensor result = empty(gram, grams.lead(), {size});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(size * size), workspace(solver_doubles(size)), packed(size), weights(size);
+    std::vector<int> integers(solver_integers(size)), tasks(size);
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      int count = 0;
+      for (int k = 0; k < size; ++k) {
+        if (!active || static_cast<const bool*>(active->const_data_ptr())[mask.offset(b) + k * mask.stride(0)]) tasks[count++] = k;
+      }
+      for (int i = 0; i < count; ++i) {  // rows and columns move towards the front, so none is read after it was written
+        for (int j = 0; j < count; ++j) matrix[i * count + j] = matrix[tasks[i] * size + tasks[j]];
+      }
+      if (count > 0) solver(matrix.data(), count, workspace.data(), integers.data(), packed.data());
+      std::fill(weights.begin(), weights.end(), 0.0);
+      for (int i = 0; i < count; ++i) weights[tasks[i]] = packed[i];
+      store(result, b * size, weights.data(), size);
+    }
+  });
+  return result;
+}
+
+Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve_active(gram, active, mgda_weights); }
+
+Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
+  return solve_active(gram, active, [c](const double* matrix, int size, double* doubles, int* integers, double* weights) {
+    cagrad_weights(matrix, size, c, doubles, integers, weights);
+  });
+}
+
+// --- projections ------------------------------------------------------------------------------------------------------
+
+/// Orders [..., K, S] of task indices for the rows of each problem.
+class Orders : public Batch {
+ public:
+  Orders(const Tensor& order, const Grams& grams) : Batch(checked(order), 2), steps_(order.size(-1)), size_(grams.size()) {
+    check(order.size(-2) == size_ && lead() == grams.lead(), "order must have the shape [..., K, S] with the leading dimensions of gram");
+    data_ = static_cast<const int64_t*>(order.const_data_ptr());
+    for (int64_t b = 0; b < count(); ++b) {
+      for (int64_t i = 0; i < size_ * steps_; ++i) {
+        const int64_t task = data_[offset(b) + i / steps_ * stride(1) + i % steps_ * stride(0)];
+        check(task >= 0 && task < size_, "order must hold task indices from 0 to K - 1");
+      }
+    }
+  }
+
+  int64_t steps() const { return steps_; }
+
+  void load(int64_t index, int row, int64_t* order) const {
+    const int64_t* data = data_ + offset(index) + row * stride(1);
+    for (int64_t step = 0; step < steps_; ++step) order[step] = data[step * stride(0)];
+  }
+
+ private:
+  static const Tensor& checked(const Tensor& order) {
+    check(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");
+    return order;
+  }
+
+  int64_t steps_, size_;
+  const int64_t* data_;
+};
+
+Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool conflict_only) {
+  const Grams grams(gram);
+  check(!grams.is_float(), "gram must be float64");
+  const Orders orders(order, grams);
+  const int size = grams.size();
+  Tensor result = empty(gram, grams.lead(), {size, size});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(size * size), row(size);
+    std::vector<int64_t> steps(orders.steps());
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      for (int i = 0; i < size; ++i) {
+        orders.load(b, i, steps.data());
+        projection_row(matrix.data(), size, i, steps.data(), orders.steps(), conflict_only, row.data());
+        store(result, (b * size + i) * size, row.data(), size);
+      }
+    }
+  });
+  return result;
+}
+
+Tensor pcgrad_weights_op(const Tensor& gram, const Tensor& seed) {
+  const Grams grams(gram);
+  check(!grams.is_float(), "gram must be float64");
+  check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
+  const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+  const int size = grams.size();
+  Tensor result = empty(gram, grams.lead(), {size});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(size * size), row(size), weights(size);
+    std::vector<uint32_t> keys(size);
+    std::vector<int64_t> order(size);
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      std::fill(weights.begin(), weights.end(), 0.0);
+      for (int i = 0; i < size; ++i) {
+        random_order(key, b, i, size, keys.data(), order.data());
+        projection_row(matrix.data(), size, i, order.data(), size, true, row.data());
+        for (int k = 0; k < size; ++k) weights[k] += row[k];
+      }
+      store(result, b * size, weights.data(), size);
+    }
+  });
+  return result;
+}
+
+}  // namespace
+}  // namespace mtlkernels
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("cosine", TORCH_BOX(&mtlkernels::cosine_op));
+  m.impl("magnitude_similarity", TORCH_BOX(&mtlkernels::magnitude_similarity_op));
+  m.impl("conflict_rate", TORCH_BOX(&mtlkernels::conflict_rate_op));
+  m.impl("condition_number", TORCH_BOX(&mtlkernels::condition_number_op));
+  m.impl("mgda_weights", TORCH_BOX(&mtlkernels::mgda_weights_op));
+  m.impl("cagrad_weights", TORCH_BOX(&mtlkernels::cagrad_weights_op));
+  m.impl("projection_coefficients", TORCH_BOX(&mtlkernels::projection_coefficients_op));
+  m.impl("pcgrad_weights", TORCH_BOX(&mtlkernels::pcgrad_weights_op));
+}
