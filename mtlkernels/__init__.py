@@ -5,10 +5,13 @@ from ._version import __version__
 from .aggregation import aggregate
 from .dispatch import use_backend
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
+from .optim import MultiTaskOptimizer, StepInfo
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
 __all__ = [
+    "MultiTaskOptimizer",
+    "StepInfo",
     "__version__",
     "aggregate",
     "combine",

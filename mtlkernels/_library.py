@@ -28,7 +28,9 @@ def _load() -> tuple[bool, str]:
     if library is None:
         note = PACKAGE / "_build.json"
         built = json.loads(note.read_text()) if note.exists() else {}
-        return False, built.get("cpu", "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)")
+        return False, built.get(
+            "cpu", "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)"
+        )
     torch.ops.load_library(str(library))
     return True, str(library)
 
@@ -41,8 +43,7 @@ def define(
     *,
     fake: Callable[..., Any],
     reference: Callable[..., Any],
-    backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
 ) -> None:
     """Defines an op of this package.
 
@@ -53,8 +54,7 @@ def define(
         schema: the op's schema without the namespace.
         fake: shapes and dtypes of the results, for tracing.
         reference: the implementation in PyTorch, with the op's flat signature.
-        backward, setup_context: the derivative, as for ``torch.library.register_autograd``. An op without one raises
-            when an input requires grad, instead of detaching in silence.
+        autograd: the op for inputs that require grad. An op without one raises then, instead of detaching in silence.
     """
     name = schema[: schema.index("(")]
     qualified = f"{NAMESPACE}::{name}"
@@ -62,25 +62,53 @@ def define(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_library)
     REFERENCES[name] = reference
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-    else:
-        _library.impl(name, _refusing_autograd(name), "Autograd")
+    for key in ("Negative", "ZeroTensor"):  # torch materializes these lazy tensors in Tensor[] itself, but not in Tensor?[]
+        _library.impl(name, _materializing(name), key)
+    _library.impl(name, _refusing_autograd(name) if autograd is None else autograd, "Autograd")
 
 
 def _refusing_autograd(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.mtlkernels, name).default
+    mutable = op._schema.is_mutable
 
     def refuse(*args: Any) -> Any:
         checks.refuse_grad(_tensors(args), name)
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
+            result = op(*args)
+        if mutable:
+            torch.autograd.graph.increment_version(args[0])
+        return result
 
     return refuse
+
+
+def _materializing(name: str) -> Callable[..., Any]:
+    """Calls the op with the memory of negated views and of tensors without memory filled in."""
+    op = getattr(torch.ops.mtlkernels, name).default
+    mutable = op._schema.is_mutable
+
+    def materialize(*args: Any) -> Any:
+        if mutable and any(t.is_neg() or t._is_zerotensor() for t in args[0]):
+            raise ValueError("out holds a negated view or a tensor without memory; pass out[n].clone().")
+        return op(*[[_plain(t) for t in arg] if isinstance(arg, (list, tuple)) else _plain(arg) for arg in args])
+
+    return materialize
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.zeros_like(value) if value._is_zerotensor() else value.resolve_neg()
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
     flat = []
     for arg in args:
-        flat += [t for t in arg if isinstance(t, Tensor)] if isinstance(arg, (list, tuple)) else [arg] if isinstance(arg, Tensor) else []
+        flat += (
+            [t for t in arg if isinstance(t, Tensor)]
+            if isinstance(arg, (list, tuple))
+            else [arg]
+            if isinstance(arg, Tensor)
+            else []
+        )
     return flat

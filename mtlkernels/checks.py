@@ -15,51 +15,55 @@ TaskGradients = Sequence[Sequence[Tensor | None]]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_gradients(grads: TaskGradients, argument: str = "grads") -> None:
+def check_gradients(grads: TaskGradients, argument: str = "grads", names: Sequence[str] | None = None) -> None:
     """Raises a ``ValueError`` for the first task gradient that no op can take.
 
     Ragged lists, rows of one tensor that differ in shape, dtype or device, tensors on several devices, sparse and complex
-    tensors and dtypes outside ``DTYPES`` are refused.
+    tensors and dtypes outside ``DTYPES`` are refused. ``names`` are the rows' names where they are not ``argument[k]``.
     """
-    check_lengths(grads, argument)
+    check_lengths(grads, argument, names)
+    numbered = names is None
+    names = [f"{argument}[{k}]" for k in range(len(grads))] if names is None else names
     device: torch.device | None = None
     for n, column in enumerate(zip(*grads, strict=True)):
         first: tuple[int, Tensor] | None = None
         for k, row in enumerate(column):
             if row is None:
                 continue
-            name = f"{argument}[{k}][{n}]"
+            name = f"{names[k]}[{n}]"
+            place = f"{name} (task {k}, tensor {n})" if numbered else f"{name} (tensor {n})"
             if not isinstance(row, Tensor):
                 raise ValueError(f"{name} is a {type(row).__name__}, not a tensor; pass None where task {k} has no gradient.")
             check_kind(row, name)
             device = row.device if device is None else device
             if row.device != device:
                 raise ValueError(
-                    f"{name} (task {k}, tensor {n}) is on {row.device}, earlier tensors are on {device}; "
+                    f"{place} is on {row.device}, earlier tensors are on {device}; "
                     "move all task gradients to one device, or call the op once per device."
                 )
             if first is None:
                 first = k, row
                 continue
-            other = f"{argument}[{first[0]}][{n}]"
+            other = f"{names[first[0]]}[{n}]"
             if row.shape != first[1].shape:
                 raise ValueError(
-                    f"{name} (task {k}, tensor {n}) has shape {tuple(row.shape)}, {other} has {tuple(first[1].shape)}; "
+                    f"{place} has shape {tuple(row.shape)}, {other} has {tuple(first[1].shape)}; "
                     "all gradients of one tensor must have its shape."
                 )
             if row.dtype != first[1].dtype:
                 raise ValueError(
-                    f"{name} (task {k}, tensor {n}) is {row.dtype}, {other} is {first[1].dtype}; "
+                    f"{place} is {row.dtype}, {other} is {first[1].dtype}; "
                     "cast the gradients of one tensor to one dtype. Different tensors may differ."
                 )
 
 
-def check_lengths(grads: TaskGradients, argument: str = "grads") -> None:
+def check_lengths(grads: TaskGradients, argument: str = "grads", names: Sequence[str] | None = None) -> None:
     """Raises a ``ValueError`` when the tasks do not list the same number of tensors."""
     for k, row in enumerate(grads):
         if len(row) != len(grads[0]):
+            name, first = (f"{argument}[{k}] (task {k})", f"{argument}[0]") if names is None else (names[k], names[0])
             raise ValueError(
-                f"{argument}[{k}] (task {k}) lists {len(row)} tensors, {argument}[0] lists {len(grads[0])}; "
+                f"{name} lists {len(row)} tensors, {first} lists {len(grads[0])}; "
                 "list every tensor for every task, None where a task has no gradient."
             )
 
@@ -76,22 +80,51 @@ def check_kind(tensor: Tensor, name: str) -> None:
 
 
 def check_weights(weights: Tensor, num_tasks: int, num_tensors: int) -> None:
-    """Raises a ``ValueError`` unless ``weights`` is real, of shape [K] or [N, K]."""
+    """Raises a ``ValueError`` unless ``weights`` is a floating-point tensor of shape [K] or [N, K]."""
+    check_floating(weights, "weights")
     if weights.shape not in ((num_tasks,), (num_tensors, num_tasks)):
         raise ValueError(
             f"weights has shape {tuple(weights.shape)}; {num_tasks} tasks and {num_tensors} tensors take "
             f"[{num_tasks}] or [{num_tensors}, {num_tasks}]."
         )
-    if not weights.dtype.is_floating_point:
-        raise ValueError(f"weights is {weights.dtype}; pass a floating-point tensor, for example weights.double().")
+
+
+def check_floating(tensor: Tensor, argument: str) -> None:
+    """Raises a ``ValueError`` unless ``tensor`` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{argument} is a {type(tensor).__name__}; pass a tensor, for example torch.tensor({argument}).")
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{argument} is {tensor.dtype}; pass a floating-point tensor, for example {argument}.double().")
 
 
 def check_buffers(buffers: Sequence[Tensor | None], columns: Iterable[Sequence[Tensor | None]]) -> None:
     """Raises a ``ValueError`` unless ``out`` holds one distinct tensor of the right shape, dtype and device per tensor."""
     columns = list(columns)
+    check_fit(buffers, columns)
+    used = [
+        (n, b) for n, (b, column) in enumerate(zip(buffers, columns, strict=True)) if any(row is not None for row in column)
+    ]
+    extents = []
+    for n, buffer in used:
+        if buffer is None or not buffer.numel():
+            continue
+        if _overlaps_itself(buffer):
+            raise ValueError(f"out[{n}] shares memory with itself; pass distinct, dense buffers.")
+        last = sum(stride * (size - 1) for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
+        dense = last + 1 == buffer.numel()
+        extents.append((buffer.data_ptr(), buffer.data_ptr() + (last + 1) * buffer.element_size(), dense, n))
+    # Two buffers share memory where both begin at one element, or one begins inside another that has no gaps.
+    reach, owner = -1, -1
+    for begin, end, dense, n in sorted(extents):
+        if begin < reach:
+            raise ValueError(f"out[{max(n, owner)}] shares memory with out[{min(n, owner)}]; pass distinct, dense buffers.")
+        reach, owner = max(reach, end if dense else begin + 1), n
+
+
+def check_fit(buffers: Sequence[Tensor | None], columns: Sequence[Sequence[Tensor | None]]) -> None:
+    """Raises a ``ValueError`` unless ``out`` holds one tensor of the right shape, dtype and device per tensor."""
     if len(buffers) != len(columns):
         raise ValueError(f"out lists {len(buffers)} tensors, grads list {len(columns)}; pass one buffer per tensor.")
-    seen: dict[int, int] = {}
     for n, (buffer, column) in enumerate(zip(buffers, columns, strict=True)):
         like = next((row for row in column if row is not None), None)
         if like is None:
@@ -103,10 +136,6 @@ def check_buffers(buffers: Sequence[Tensor | None], columns: Iterable[Sequence[T
                 f"out[{n}] is {tuple(buffer.shape)} {buffer.dtype} on {buffer.device}, the gradients of tensor {n} are "
                 f"{tuple(like.shape)} {like.dtype} on {like.device}; use torch.empty_like(gradient)."
             )
-        if buffer.numel() and (buffer.data_ptr() in seen or _overlaps_itself(buffer)):
-            raise ValueError(f"out[{n}] shares memory with out[{seen.get(buffer.data_ptr(), n)}]; pass distinct, dense buffers.")
-        if buffer.numel():
-            seen[buffer.data_ptr()] = n
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from . import reference
 from ._library import define
-from .checks import TaskGradients, check_buffers, check_gradients, check_lengths, check_weights, refuse_grad
+from .checks import (
+    TaskGradients,
+    check_buffers,
+    check_fit,
+    check_floating,
+    check_gradients,
+    check_lengths,
+    check_weights,
+    refuse_grad,
+)
 from .reference import Granularity
 
 Gradients = TaskGradients | Sequence[Tensor] | Tensor
@@ -21,7 +30,11 @@ Flat = Sequence[Tensor | None]
 
 
 def _nest(flat: Flat, num_tasks: int) -> list[list[Tensor | None]]:
-    size = len(flat) // num_tasks if num_tasks else 0
+    size = len(flat) // num_tasks if num_tasks > 0 else 0
+    if len(flat) != num_tasks * size:
+        raise ValueError(
+            f"grads lists {len(flat)} tensors, which are not {num_tasks} rows of one length; pass N for each task."
+        )
     return [list(flat[k * size : (k + 1) * size]) for k in range(num_tasks)]
 
 
@@ -39,6 +52,7 @@ def _gram_fake(flat: Flat, num_tasks: int, per: str) -> Tensor:
 
 def _cross_gram_fake(flat: Flat, other: Flat, num_tasks: int, num_other: int, per: str) -> Tensor:
     rows = _nest(flat, num_tasks) + _nest(other, num_other)
+    check_gradients(rows)
     device = reference.device_of(rows)
     lead = [] if per == "model" else [_gram_rows(list(zip(*rows, strict=True)), per)]
     return torch.empty([*lead, num_tasks, num_other], dtype=torch.float64, device=device)
@@ -74,22 +88,24 @@ def _batch_as_channels(flat: Flat, dims: Sequence[int | None], batch: int, per: 
 
 
 def _channels_as_batch(stacked: Tensor, columns: Sequence[Sequence[Tensor | None]], batch: int, per: str) -> Tensor:
-    parts = stacked.split([m.shape[0] for m in map(reference.like, columns) if m is not None])
-    samples = torch.stack([part.unflatten(0, (batch, -1)) for part in parts]) if per != "channel" else None
-    if samples is None:
-        return torch.cat([part.unflatten(0, (batch, -1)) for part in parts], dim=1)
-    tensors = samples.squeeze(2).transpose(0, 1)
+    sizes = [0 if model is None else model.shape[0] for model in map(reference.like, columns)]
+    parts = [part.unflatten(0, (batch, -1)) for part in stacked.split(sizes)]
+    if per == "channel":
+        return torch.cat(parts, dim=1)
+    tensors = torch.stack([part.sum(1) for part in parts], dim=1)
     return tensors.sum(1) if per == "model" else tensors
 
 
 def _gram_vmap(info: Any, in_dims: Any, flat: Flat, num_tasks: int, per: str) -> tuple[Tensor, int]:
     moved = _batch_as_channels(flat, in_dims[0], info.batch_size, per)
-    columns = [c for c in zip(*_nest(moved, num_tasks), strict=True)]
+    columns = list(zip(*_nest(moved, num_tasks), strict=True))
     stacked = torch.ops.mtlkernels.gram(moved, num_tasks, "channel")
     return _channels_as_batch(stacked, columns, info.batch_size, per), 0
 
 
-def _cross_gram_vmap(info: Any, in_dims: Any, flat: Flat, other: Flat, num_tasks: int, num_other: int, per: str) -> tuple[Tensor, int]:
+def _cross_gram_vmap(
+    info: Any, in_dims: Any, flat: Flat, other: Flat, num_tasks: int, num_other: int, per: str
+) -> tuple[Tensor, int]:
     moved = _batch_as_channels(flat, in_dims[0], info.batch_size, per)
     against = _batch_as_channels(other, in_dims[1], info.batch_size, per)
     columns = list(zip(*_nest(moved, num_tasks), *_nest(against, num_other), strict=True))
@@ -130,12 +146,13 @@ def gram(grads: Gradients, other: Gradients | None = None, *, per: Granularity =
     else:
         against = _rows(other, "other")
         columns = [*rows, *against]
-        check_lengths(columns, "[*grads, *other]")
+        names = [*(f"grads[{k}]" for k in range(len(rows))), *(f"other[{k}]" for k in range(len(against)))]
+        check_lengths(columns, names=names)
         flat, flat_other = [t for row in rows for t in row], [t for row in against for t in row]
 
         def check() -> None:
             check_gradients(rows)
-            check_gradients(columns, "[*grads, *other]")
+            check_gradients(columns, names=names)
 
         op = torch.ops.mtlkernels.cross_gram.default
         result = _call(op, "gram", check, flat, flat_other, len(rows), len(against), per)
@@ -153,7 +170,14 @@ def _columns(flat: Flat, num_tasks: int) -> list[tuple[Tensor | None, ...]]:
     return list(zip(*_nest(flat, num_tasks), strict=True))
 
 
+def _check_traced(flat: Flat, weights: Tensor, argument: str) -> None:
+    """What a kernel refuses, refused at tracing; also where one tensor on the meta device brings all others here."""
+    check_gradients(_nest(flat, weights.shape[-1]))
+    _check_device(flat, weights, argument)
+
+
 def _combine_fake(flat: Flat, weights: Tensor) -> list[Tensor]:
+    _check_traced(flat, weights, "weights")
     return [torch.empty_like(cast(Tensor, reference.like(c))) for c in _columns(flat, weights.shape[-1])]
 
 
@@ -161,35 +185,63 @@ def _combine_reference(flat: Flat, weights: Tensor) -> list[Tensor]:
     return cast(list[Tensor], reference.combine(_nest(flat, weights.shape[-1]), weights))
 
 
-def _combine_setup(ctx: Any, inputs: tuple[Flat, Tensor], output: list[Tensor]) -> None:
-    flat, weights = inputs
-    ctx.present = [t is not None for t in flat]
-    ctx.weights_need_grad = weights.requires_grad
-    saved = [t for t in flat if t is not None] if weights.requires_grad else []
-    ctx.save_for_backward(weights, *saved)
+class _Combine(torch.autograd.Function):
+    """The derivatives: d out[n] / d grads[k][n] = weights[k], d out[n] / d weights[k] = grads[k][n].
+
+    Of our own because ``torch.library.register_autograd`` loses the gradients of a list that holds None.
+    """
+
+    @staticmethod
+    def forward(present: Sequence[bool], weights: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rows = iter(tensors)
+        return tuple(torch.ops.mtlkernels.combine([next(rows) if there else None for there in present], weights))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        present, weights, *tensors = inputs
+        ctx.present = present
+        ctx.save_for_backward(weights, *(tensors if weights.requires_grad else []))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # plain ops, so that it differentiates again
+        weights, *tensors = ctx.saved_tensors
+        num_tensors = len(grad_outputs)
+        table = weights.expand(num_tensors, weights.shape[-1])
+        places = [divmod(index, num_tensors) for index, there in enumerate(ctx.present) if there]
+        gradients = [_scaled(grad_outputs[n], table[n, k]) for k, n in places]
+        if not tensors:
+            return None, None, *gradients
+        inner = {place: _inner(grad_outputs[place[1]], row) for place, row in zip(places, tensors, strict=True)}
+        zero = torch.zeros((), dtype=torch.float64, device=weights.device)
+        rows = [torch.stack([inner.get((k, n), zero) for k in range(weights.shape[-1])]) for n in range(num_tensors)]
+        by_tensor = torch.stack(rows)
+        return None, (by_tensor if weights.dim() == 2 else by_tensor.sum(0)).to(weights.dtype), *gradients
 
 
-def _combine_backward(ctx: Any, grad_outputs: Sequence[Tensor]) -> tuple[list[Tensor | None], Tensor | None]:
-    """d out[n] / d grads[k][n] = weights[k]; d out[n] / d weights[k] = grads[k][n]. Plain ops, so that it differentiates again."""
-    weights, *saved = ctx.saved_tensors
-    num_tensors = len(grad_outputs)
-    table = weights.expand(num_tensors, weights.shape[-1])
-    rows = iter(saved)
-    gradients: list[Tensor | None] = []
-    inner = []
-    for index, present in enumerate(ctx.present):
-        k, n = divmod(index, num_tensors)
-        gradients.append(grad_outputs[n] * table[n, k].to(grad_outputs[n].dtype) if present else None)
-        if ctx.weights_need_grad:
-            product = (grad_outputs[n].double() * next(rows).double()).sum() if present else torch.zeros_like(weights[..., 0].sum().double())
-            inner.append(product)
-    if not ctx.weights_need_grad:
-        return gradients, None
-    by_tensor = torch.stack(inner).view(-1, num_tensors).T
-    return gradients, (by_tensor if weights.dim() == 2 else by_tensor.sum(0)).to(weights.dtype)
+def _scaled(tensor: Tensor, weight: Tensor) -> Tensor:
+    """tensor * weight, rounded once: a weight need not be within the range of a 16-bit dtype."""
+    return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight).to(tensor.dtype)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() * b.double()).sum()
+
+
+def _combine_autograd(flat: Flat, weights: Tensor) -> list[Tensor]:
+    tensors = [t for t in flat if t is not None]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [weights, *tensors]):
+        return list(_Combine.apply([t is not None for t in flat], weights, *tensors))
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.mtlkernels.combine(flat, weights)
+
+
+def _combine_inplace_fake(out: Sequence[Tensor], flat: Flat, weights: Tensor) -> None:
+    _check_traced(flat, weights, "weights")
+    check_fit(out, _columns(flat, weights.shape[-1]))
 
 
 def _combine_inplace_reference(out: Sequence[Tensor], flat: Flat, weights: Tensor) -> None:
+    check_buffers(out, _columns(flat, weights.shape[-1]))
     for buffer, value in zip(out, _combine_reference(flat, weights), strict=True):
         buffer.copy_(value)
 
@@ -198,12 +250,11 @@ define(
     "combine(Tensor?[] grads, Tensor weights) -> Tensor[]",
     fake=_combine_fake,
     reference=_combine_reference,
-    backward=_combine_backward,
-    setup_context=_combine_setup,
+    autograd=_combine_autograd,
 )
 define(
     "combine_(Tensor(a!)[] out, Tensor?[] grads, Tensor weights) -> ()",
-    fake=lambda out, flat, weights: None,
+    fake=_combine_inplace_fake,
     reference=_combine_inplace_reference,
 )
 
@@ -237,11 +288,13 @@ def combine(grads: Gradients, weights: Tensor, out: Sequence[Tensor | None] | No
         if out is not None:
             check_buffers(out, zip(*rows, strict=True))
 
-    if weights.shape != (len(rows),):
+    if not isinstance(weights, Tensor) or weights.shape != (len(rows),):
         check_weights(weights, len(rows), num_tensors)
         weights = weights if len(keep) == num_tensors else weights[keep]
+    if weights.dtype in (torch.bfloat16, torch.float16):
+        weights = weights.float()
     if out is None:
-        values = _call(torch.ops.mtlkernels.combine.default, "combine", check, flat, weights, differentiable=True)
+        values = _call(torch.ops.mtlkernels.combine.default, "combine", check, flat, weights, autograd=_combine_autograd)
         result: list[Tensor | None] = [None] * num_tensors
         for n, value in zip(keep, values, strict=True):
             result[n] = value
@@ -260,6 +313,7 @@ def combine(grads: Gradients, weights: Tensor, out: Sequence[Tensor | None] | No
 
 
 def _mix_fake(flat: Flat, coefficients: Tensor) -> list[Tensor]:
+    _check_traced(flat, coefficients, "coefficients")
     columns = _columns(flat, coefficients.shape[1])
     return [torch.empty_like(cast(Tensor, reference.like(c))) for _ in range(coefficients.shape[0]) for c in columns]
 
@@ -286,8 +340,11 @@ def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
         ValueError: as in :func:`gram`, or a wrong shape of ``coefficients``.
     """
     rows = _rows(grads, "grads")
+    check_floating(coefficients, "coefficients")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(rows):
         raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}; {len(rows)} tasks take [M, {len(rows)}].")
+    if coefficients.dtype in (torch.bfloat16, torch.float16):
+        coefficients = coefficients.float()
     num_tensors = len(rows[0]) if rows else 0
     keep = [n for n in range(num_tensors) if any(row[n] is not None for row in rows)]
     flat = [row[n] for row in rows for n in keep]
@@ -323,25 +380,45 @@ def project(
     """
     rows = _rows(grads, "grads")
     num_tasks = len(rows)
+    names: list[str] | None = None
     if onto is None:
         order: Sequence[int] = range(num_tasks)
-    elif isinstance(onto, int):
-        if not -num_tasks <= onto < num_tasks:
-            raise ValueError(f"onto is {onto}; {num_tasks} tasks take an index from {-num_tasks} to {num_tasks - 1}, or N tensors.")
+    elif not isinstance(onto, Tensor | Sequence):
+        if not isinstance(onto, int) or not -num_tasks <= onto < num_tasks:
+            raise ValueError(
+                f"onto is {onto}; {num_tasks} tasks take an index from {-num_tasks} to {num_tasks - 1}, or N tensors."
+            )
         order = [onto % num_tasks]
     else:
-        rows = [*rows, list(onto)]
+        names = [*(f"grads[{k}]" for k in range(num_tasks)), "onto"]
+        rows = [*rows, [onto] if isinstance(onto, Tensor) else list(onto)]
         order = [num_tasks]
-    coefficients = reference.projection_coefficients(cast(Tensor, gram(rows)), order, conflict_only)
-    return mix(rows, coefficients[:num_tasks])
+        check_lengths(rows, names=names)
+    try:
+        matrix = cast(Tensor, gram(rows))
+    except ValueError:
+        check_gradients(rows[:num_tasks])
+        check_gradients(rows, names=names)
+        raise
+    return mix(rows, reference.projection_coefficients(matrix, order, conflict_only)[:num_tasks])
 
 
 # --- what a Gram tells --------------------------------------------------------------------------------------------------
 
-define("cosine(Tensor gram) -> Tensor", fake=torch.empty_like, reference=reference.cosine)
-define("magnitude_similarity(Tensor gram) -> Tensor", fake=torch.empty_like, reference=reference.magnitude_similarity)
-define("conflict_rate(Tensor gram) -> Tensor", fake=lambda gram: gram.new_empty(gram.shape[:-2]), reference=reference.conflict_rate)
-define("condition_number(Tensor gram) -> Tensor", fake=lambda gram: gram.new_empty(gram.shape[:-2]), reference=reference.condition_number)
+define("cosine(Tensor gram) -> Tensor", fake=lambda gram: gram.new_empty(gram.shape), reference=reference.cosine)
+define(
+    "magnitude_similarity(Tensor gram) -> Tensor",
+    fake=lambda gram: gram.new_empty(gram.shape),
+    reference=reference.magnitude_similarity,
+)
+define(
+    "conflict_rate(Tensor gram) -> Tensor", fake=lambda gram: gram.new_empty(gram.shape[:-2]), reference=reference.conflict_rate
+)
+define(
+    "condition_number(Tensor gram) -> Tensor",
+    fake=lambda gram: gram.new_empty(gram.shape[:-2]),
+    reference=reference.condition_number,
+)
 
 
 def cosine(gram: Tensor) -> Tensor:
@@ -366,6 +443,8 @@ for _function in (cosine, magnitude_similarity, conflict_rate, condition_number)
 
 def check_gram(gram: Tensor, argument: str = "gram") -> None:
     """Raises a ``ValueError`` unless ``gram`` is a floating-point tensor [..., K, K]."""
+    if not isinstance(gram, Tensor):
+        raise ValueError(f"{argument} is a {type(gram).__name__}; pass a tensor [..., K, K], as mtlkernels.gram returns it.")
     if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2]:
         raise ValueError(f"{argument} has shape {tuple(gram.shape)}; pass [..., K, K], as mtlkernels.gram returns it.")
     if gram.dtype not in (torch.float32, torch.float64):
@@ -376,7 +455,10 @@ def check_gram(gram: Tensor, argument: str = "gram") -> None:
 
 
 def _rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
-    rows: list[Sequence[Tensor | None]] = [[row] if isinstance(row, Tensor) else list(row) for row in grads]
+    try:
+        rows: list[Sequence[Tensor | None]] = [[row] if isinstance(row, Tensor) else list(row) for row in grads]
+    except TypeError:
+        raise ValueError(f"{argument} is not K sequences of N tensors, K tensors, or one tensor [K, ...].") from None
     for row in rows:
         if len(row) != len(rows[0]):
             check_lengths(rows, argument)
@@ -386,23 +468,31 @@ def _rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
 def _check_device(flat: Flat, tensor: Tensor, argument: str) -> None:
     device = reference.device_of([flat])
     if any(t is not None for t in flat) and tensor.device != device:
-        raise ValueError(f"{argument} is on {tensor.device}, the gradients are on {device}; pass {argument}.to({str(device)!r}).")
+        raise ValueError(
+            f"{argument} is on {tensor.device}, the gradients are on {device}; pass {argument}.to({str(device)!r})."
+        )
 
 
-def _call(op: Callable[..., Any], name: str, check: Callable[[], None], *args: Any, differentiable: bool = False) -> Any:
-    """Calls an op; when it refuses, lets ``check`` say why. Skips the autograd keys where there is nothing to differentiate."""
+def _call(
+    op: Callable[..., Any], name: str, check: Callable[[], None], *args: Any, autograd: Callable[..., Any] | None = None
+) -> Any:
+    """Calls an op; when it refuses, lets ``check`` say why.
+
+    Skips the autograd keys where there is nothing to differentiate. Where there is, ``autograd`` is called, in front of the
+    dispatcher, where torch.func sees it.
+    """
     if torch.compiler.is_compiling():
         return op(*args)
     tensors = [t for arg in args if isinstance(arg, (list, Tensor)) for t in ([arg] if isinstance(arg, Tensor) else arg)]
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     try:
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         if needs_grad:
-            if not differentiable:
-                refuse_grad(tensors, name)
-            return op(*args)
+            if autograd is not None:
+                return autograd(*args)
+            refuse_grad(tensors, name)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    except (RuntimeError, AttributeError, TypeError):
+    except (RuntimeError, AttributeError, TypeError, ValueError):
         check()
         raise
 

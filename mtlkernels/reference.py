@@ -56,6 +56,8 @@ def gram(grads: TaskGradients, other: TaskGradients | None = None, per: Granular
     Raises:
         ValueError: a column mixes shapes, dtypes or devices; the message names the task and the tensor.
     """
+    if per not in ("model", "tensor", "channel"):
+        raise ValueError(f'per is {per!r}; pass "model", "tensor" or "channel".')
     columns = [*grads] if other is None else [*grads, *other]
     check_gradients(columns)
     num_tasks, num_other = len(grads), len(grads) if other is None else len(other)
@@ -89,7 +91,10 @@ def combine(grads: TaskGradients, weights: Tensor) -> list[Tensor | None]:
     check_gradients(grads)
     check_weights(weights, len(grads), num_tensors)
     table = weights.double().expand(num_tensors, len(grads))
-    return [None if like(column) is None else _combine_column(column, w) for column, w in zip(zip(*grads, strict=True), table, strict=True)]
+    return [
+        None if like(column) is None else _combine_column(column, w)
+        for column, w in zip(zip(*grads, strict=True), table, strict=True)
+    ]
 
 
 def mix(grads: TaskGradients, coefficients: Tensor) -> list[list[Tensor | None]]:
@@ -155,7 +160,7 @@ def cosine(gram: Tensor) -> Tensor:
         [..., K, K] in the Gram's dtype, within [-1, 1]; NaN only in the rows and columns of gradients that are not finite.
     """
     scale = _inverse_norms(gram)
-    result = (gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(-1.0, 1.0)
+    result = (gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)).clamp(-1.0, 1.0).contiguous()
     diagonal = result.diagonal(dim1=-2, dim2=-1)
     diagonal.copy_(torch.where(diagonal.isnan(), diagonal, (scale != 0).to(gram.dtype)))
     return result
@@ -177,7 +182,7 @@ def magnitude_similarity(gram: Tensor) -> Tensor:
     safe = torch.where(largest > 0, largest, 1.0)
     a, b = left / safe, right / safe  # scaled, so that squares of large norms stay finite
     total = a * a + b * b
-    return 2 * a * b / torch.where(total > 0, total, 1.0)
+    return (2 * a * b / torch.where(total > 0, total, 1.0)).contiguous()
 
 
 def conflict_rate(gram: Tensor) -> Tensor:

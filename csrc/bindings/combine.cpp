@@ -67,18 +67,25 @@ Extent extent(const Tensor& tensor) {
   return {begin, begin + uintptr_t((last + 1) * int64_t(tensor.element_size()))};
 }
 
-bool overlaps_itself(const Tensor& tensor) {
+/// How far each element's memory is its own: whether two indices meet, and whether the extent has no gaps.
+struct Reach {
+  bool overlaps, dense;
+};
+
+Reach reach_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
   std::sort(dims.begin(), dims.end());
   int64_t reach = 1;
+  bool dense = true;
   for (const auto& [stride, size] : dims) {
-    if (stride < reach) return true;
+    if (stride < reach) return {true, false};
+    dense &= stride == reach;
     reach = stride * (size - 1) + reach;
   }
-  return false;
+  return {false, dense};
 }
 
 bool same_memory(const Tensor& a, const Tensor& b) {
@@ -94,16 +101,23 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks) {
   const int64_t num_columns = int64_t(out.size());
   std::vector<std::pair<Extent, int64_t>> buffers;
+  std::vector<bool> dense(num_columns, true);
   for (int64_t n = 0; n < num_columns; ++n) {
-    require(out[n].numel() == 0 || !overlaps_itself(out[n]), "out overlaps itself", -1, n);
-    if (out[n].numel() > 0) buffers.emplace_back(extent(out[n]), n);
+    if (out[n].numel() == 0) continue;
+    const Reach reach = reach_of(out[n]);
+    require(!reach.overlaps, "out overlaps itself", -1, n);
+    dense[n] = reach.dense;
+    buffers.emplace_back(extent(out[n]), n);
   }
   std::sort(buffers.begin(), buffers.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
   std::vector<bool> flagged(num_columns, false);
   bool mutual = false;
-  for (size_t b = 1; b < buffers.size(); ++b) {
-    require(buffers[b].first.begin != buffers[b - 1].first.begin, "out lists the same memory twice", -1, buffers[b].second);
-    mutual |= buffers[b].first.begin < buffers[b - 1].first.end;
+  uintptr_t taken = 0, reached = 0;  // memory up to `taken` is another buffer's for certain; up to `reached`, perhaps
+  for (const auto& [memory, n] : buffers) {
+    require(memory.begin >= taken, "out overlaps another tensor's buffer", -1, n);
+    mutual |= memory.begin < reached;  // buffers with gaps may lie between each other's elements
+    taken = std::max(taken, dense[n] ? memory.end : memory.begin + 1);
+    reached = std::max(reached, memory.end);
   }
   for (int64_t k = 0; k < num_tasks && !mutual; ++k) {
     for (int64_t n = 0; n < num_columns; ++n) {

@@ -62,10 +62,12 @@ class Grams : public Batch {
 
   /// Problem `index` as row-major float64.
   void load(int64_t index, double* matrix) const {
-    is_float_ ? load_as(static_cast<const float*>(data_), index, matrix) : load_as(static_cast<const double*>(data_), index, matrix);
+    is_float_ ? load_as(static_cast<const float*>(data_), index, matrix)
+              : load_as(static_cast<const double*>(data_), index, matrix);
   }
 
-  /// Calls body(begin, end) on ranges of problems, each on one thread; a thread gets at least about a tenth of a millisecond of work.
+  /// Calls body(begin, end) on ranges of problems, each on one thread; a thread gets at least about a tenth of a millisecond of
+  /// work.
   template <class Body>
   void for_each_range(const Body& body) const {
     const int64_t cube = int64_t(size_) * size_ * size_ + 64;
@@ -75,7 +77,8 @@ class Grams : public Batch {
  private:
   static const Tensor& checked(const Tensor& gram) {
     check(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
-    check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double, "gram must be float64 or float32");
+    check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
+          "gram must be float64 or float32");
     return gram;
   }
 
@@ -151,7 +154,8 @@ Tensor conflict_rate_op(const Tensor& gram) {
 
 Tensor condition_number_op(const Tensor& gram) {
   const double epsilon = gram.scalar_type() == ScalarType::Float ? FLT_EPSILON : DBL_EPSILON;
-  return map_to_scalar(gram, [&](const double* matrix, int size, double* scratch) { return condition_number(matrix, size, epsilon, scratch); });
+  return map_to_scalar(
+      gram, [&](const double* matrix, int size, double* scratch) { return condition_number(matrix, size, epsilon, scratch); });
 }
 
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
@@ -165,7 +169,8 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
   const Batch mask(active ? *active : gram, active ? 1 : 2);
   if (active) {
     check(active->scalar_type() == ScalarType::Bool, "active must be bool");
-    check(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(), "active must have the shape [..., K] of gram");
+    check(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(),
+          "active must have the shape [..., K] of gram");
   }
   Tensor result = empty(gram, grams.lead(), {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
@@ -175,7 +180,8 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
       grams.load(b, matrix.data());
       int count = 0;
       for (int k = 0; k < size; ++k) {
-        if (!active || static_cast<const bool*>(active->const_data_ptr())[mask.offset(b) + k * mask.stride(0)]) tasks[count++] = k;
+        if (!active || static_cast<const bool*>(active->const_data_ptr())[mask.offset(b) + k * mask.stride(0)])
+          tasks[count++] = k;
       }
       for (int i = 0; i < count; ++i) {  // rows and columns move towards the front, so none is read after it was written
         for (int j = 0; j < count; ++j) matrix[i * count + j] = matrix[tasks[i] * size + tasks[j]];
@@ -189,7 +195,9 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
   return result;
 }
 
-Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve_active(gram, active, mgda_weights); }
+Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) {
+  return solve_active(gram, active, mgda_weights);
+}
 
 Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
   return solve_active(gram, active, [c](const double* matrix, int size, double* doubles, int* integers, double* weights) {
@@ -203,7 +211,8 @@ Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active
 class Orders : public Batch {
  public:
   Orders(const Tensor& order, const Grams& grams) : Batch(checked(order), 2), steps_(order.size(-1)), size_(grams.size()) {
-    check(order.size(-2) == size_ && lead() == grams.lead(), "order must have the shape [..., K, S] with the leading dimensions of gram");
+    check(order.size(-2) == size_ && lead() == grams.lead(),
+          "order must have the shape [..., K, S] with the leading dimensions of gram");
     data_ = static_cast<const int64_t*>(order.const_data_ptr());
     for (int64_t b = 0; b < count(); ++b) {
       for (int64_t i = 0; i < size_ * steps_; ++i) {

@@ -77,7 +77,8 @@ MTL_HOST_DEVICE inline void jacobi_eigenvalues(double* matrix, int size) {
   constexpr int kMaxSweeps = 40;
   double largest = 0.0;
   for (int i = 0; i < size * size; ++i) largest = std::fmax(largest, std::fabs(matrix[i]));
-  const double negligible = DBL_EPSILON / 16 * largest;  // what is left off the diagonal moves no eigenvalue by more than K of it
+  const double negligible =
+      DBL_EPSILON / 16 * largest;  // what is left off the diagonal moves no eigenvalue by more than K of it
   for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
     bool rotated = false;
     for (int p = 0; p < size; ++p) {
@@ -143,26 +144,26 @@ MTL_HOST_DEVICE inline void projection_row(const double* gram, int size, int row
 // --- the quadratic program --------------------------------------------------------------------------------------------
 
 /// Doubles and integers of workspace that the solvers below need for K tasks.
-constexpr int64_t solver_doubles(int64_t size) { return 2 * size * size + 8 * size; }
-constexpr int64_t solver_integers(int64_t size) { return 2 * size; }
+MTL_HOST_DEVICE constexpr int64_t solver_doubles(int64_t size) { return 2 * size * size + 8 * size; }
+MTL_HOST_DEVICE constexpr int64_t solver_integers(int64_t size) { return 2 * size; }
 
 /// min_{u >= 0} u' R u / 2 - right(t)' u with right(t) = t slope - offset and R positive semidefinite with unit diagonal.
 ///
-/// R is solved with a ridge of 64 K eps on its diagonal, which exceeds the rounding error of a Gram and its factor: M = R + ridge. That makes
-/// the solution unique (equal gradients get equal weights). `recentre` then takes the ridge's pull from zero to the last solution,
-/// a proximal point step: what the ridge changed shrinks by the factor ridge / (eigenvalue + ridge).
+/// R is solved with a ridge of 64 K eps on its diagonal, which exceeds the rounding error of a Gram and its factor, so that
+/// M = R + ridge is positive definite; where R has several solutions, any may come out. `recentre` then takes the ridge's pull
+/// from zero to the last solution, a proximal point step: what the ridge changed shrinks by ridge / (eigenvalue + ridge).
 ///
-/// One solve is Lawson and Hanson's active-set method (1974, chapter 23) on the normal equations: u stays feasible and the value falls with
-/// every step, from whatever u and positive set the last solve left. At the solution z = M u - right(t) - ridge centre is not
-/// negative, and zero where u is positive.
+/// One solve is Lawson and Hanson's active-set method (1974, chapter 23) on the normal equations: u stays feasible and the
+/// value falls with every step, from whatever u and positive set the last solve left. At the solution
+/// z = M u - right(t) - ridge centre is not negative, and zero where u is positive.
 struct QuadraticProgram {
   int size;
   double ridge;
   double* matrix;          // M [K, K]
   double* factor;          // [K, K] Cholesky factor of M over the positive indices, in the order they came
   double *offset, *slope;  // [K]
-  double *solution;        // [K] u
-  double *centre;          // [K] where the ridge pulls u to
+  double* solution;        // [K] u
+  double* centre;          // [K] where the ridge pulls u to
   double *trial, *rate;    // [K] by position in the order: the minimiser without u >= 0, and its derivative in t
   double *norm, *scratch;  // [K] norms of the gradients; free for use
   int* order;              // [K] position -> index; positions from `count` on hold the indices where u is zero
@@ -202,7 +203,8 @@ struct QuadraticProgram {
       for (int q = 0; q <= p; ++q) {
         double sum = matrix[order[p] * size + order[q]];
         for (int k = 0; k < q; ++k) sum -= factor[p * size + k] * factor[q * size + k];
-        factor[p * size + q] = q < p ? sum / factor[q * size + q] : std::sqrt(std::fmax(sum, ridge));  // rounding may leave less
+        factor[p * size + q] =
+            q < p ? sum / factor[q * size + q] : std::sqrt(std::fmax(sum, ridge));  // rounding may leave less
       }
     }
   }
@@ -309,15 +311,17 @@ struct QuadraticProgram {
 
   /// Solves for the t where `square` reaches `target`, beginning at t; returns that t. The square grows with t and is
   /// piecewise quadratic: each step solves the current piece exactly, within a bracket that is halved every fourth step.
-  MTL_HOST_DEVICE double reach(double target, double t) {
+  /// With `stop_early` it gives up where the result will be negligible.
+  MTL_HOST_DEVICE double reach(double target, double t, bool stop_early) {
     double low = offset[first()] / slope[first()], high = INFINITY;
     const int max_steps = 400;
     for (int step = 0; step < max_steps; ++step) {
       solve(t);
       const double missing = target - square(t);
       double rounding = target;
-      for (int p = 0; p < count; ++p) rounding += solution[order[p]] * (std::fabs(t * slope[order[p]]) + std::fabs(offset[order[p]]));
-      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding || (missing > 0.0 && negligible(target))) break;
+      for (int p = 0; p < count; ++p)
+        rounding += solution[order[p]] * (std::fabs(t * slope[order[p]]) + std::fabs(offset[order[p]]));
+      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding || (stop_early && missing > 0.0 && negligible(target))) break;
       (missing > 0.0 ? low : high) = t;
       double next = crossing(t, missing);
       if (!(next > low && next < high) || (step % 4 == 3 && high < INFINITY)) next = low + (high - low) / 2;
@@ -353,8 +357,8 @@ MTL_HOST_DEVICE inline void fill(double* values, int count, double value) {
 /// MGDA (Sener and Koltun 2018): the weights on the simplex with the smallest w' G w. Zero gradients share the whole weight.
 /// Guarantee: (G w)_i >= w' G w - 1e-11 n_i sum_j w_j n_j for every i. All NaN where G is not finite.
 ///
-/// In u_i = n_i w_i the problem is min u' R u with R the cosines and u / n on the simplex; up to scale its solution is the one of
-/// min_{u >= 0} u' R u / 2 - u' (1 / n).
+/// In u_i = n_i w_i the problem is min u' R u with R the cosines and u / n on the simplex; up to scale its solution is the one
+/// of min_{u >= 0} u' R u / 2 - u' (1 / n).
 MTL_HOST_DEVICE inline void mgda_weights(const double* gram, int size, double* doubles, int* integers, double* weights) {
   if (!all_finite(gram, size * size)) return fill(weights, size, NAN);
   QuadraticProgram program(size, doubles, integers);
@@ -377,17 +381,19 @@ MTL_HOST_DEVICE inline void mgda_weights(const double* gram, int size, double* d
 }
 
 /// CAGrad (Liu et al. 2021, Algorithm 1): 1 / K + c |g_0| / |g_w| w with g_0 the mean gradient and w on the simplex minimising
-/// <g_w, g_0> + c |g_0| |g_w|. All 0 where the minimiser is g_w = 0 (a Pareto-stationary point), all NaN where G is not finite.
+/// <g_w, g_0> + c |g_0| |g_w|. All 0 where g_0 or the minimising g_w is 0 to the precision of G
+/// (a Pareto-stationary point), all NaN where G is not finite.
 /// Guarantee: with d the update, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every i, d_j its weights.
 ///
 /// With v = c |g_0| / |g_w| w and u_i = n_i v_i / |g_0|, optimality reads R u + b - t / n >= 0, complementary to u >= 0, and
 /// u' R u = c^2, where R are the cosines and b_i = cos(g_i, g_0). A zero gradient keeps t from becoming positive.
-MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double c, double* doubles, int* integers, double* weights) {
+MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double c, double* doubles, int* integers,
+                                           double* weights) {
   if (!all_finite(gram, size * size)) return fill(weights, size, NAN);
   QuadraticProgram program(size, doubles, integers);
   program.set_gram(gram);
   const double* norm = program.norm;
-  double smallest = INFINITY, largest = 0.0, mean_square = 0.0;
+  double smallest = INFINITY, largest = 0.0, mean_square = 0.0, mean_norm = 0.0;
   for (int i = 0; i < size; ++i) {
     largest = std::fmax(largest, norm[i]);
     if (norm[i] > 0.0) smallest = std::fmin(smallest, norm[i]);
@@ -397,9 +403,10 @@ MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double 
     for (int j = 0; j < size && norm[i] > 0.0; ++j) inner += gram[i * size + j] / norm[i] / largest / size;
     program.offset[i] = inner;
     mean_square += inner * (norm[i] / largest) / size;
+    mean_norm += norm[i] / largest / size;
   }
-  if (!(mean_square > 0.0)) return fill(weights, size, 0.0);
-  if (c == 0.0) return fill(weights, size, 1.0 / size);
+  if (!(mean_square > 8 * DBL_EPSILON * mean_norm * mean_norm)) return fill(weights, size, 0.0);  // less is rounding
+  if (c <= 64 * DBL_EPSILON) return fill(weights, size, 1.0 / size);  // the ball is no larger than the rounding of g_0
   const double mean = std::sqrt(mean_square), target = c * c;
   bool any_zero = false;
   for (int i = 0; i < size; ++i) {
@@ -410,13 +417,21 @@ MTL_HOST_DEVICE inline void cagrad_weights(const double* gram, int size, double 
   const int first = program.first();
   double t = (program.offset[first] + c) / program.slope[first];  // exact while the first index is alone
   for (int round = 0; round < kRounds; ++round) {
-    t = program.reach(target, t);
+    t = program.reach(target, t, round == 0);
     const bool stationary = (round == 0 && program.negligible(target)) || (any_zero && t >= 0.0);
     if (stationary) return fill(weights, size, 0.0);
     program.recentre();
   }
-  const double scale = c * mean / std::sqrt(program.square(t));
-  for (int i = 0; i < size; ++i) weights[i] = 1.0 / size + (norm[i] > 0.0 ? scale * program.solution[i] * (largest / norm[i]) : 0.0);
+  double square = 0.0, total = 0.0;  // u' R u as it stands rounds by eps (sum u)^2, through t by eps sum u
+  for (int i = 0; i < size; ++i) {
+    total += program.solution[i];
+    for (int j = 0; j < size; ++j)
+      square += program.solution[i] * program.solution[j] * (i == j ? 1.0 : program.matrix[i * size + j]);
+  }
+  if (total > 1.0) square = program.square(t);
+  const double scale = c * mean / std::sqrt(square);
+  for (int i = 0; i < size; ++i)
+    weights[i] = 1.0 / size + (norm[i] > 0.0 ? scale * program.solution[i] * (largest / norm[i]) : 0.0);
 }
 
 }  // namespace mtlkernels

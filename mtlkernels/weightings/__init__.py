@@ -3,9 +3,21 @@
 from typing import Any
 
 from .base import Weighting
+from .cagrad import CAGrad
+from .constant import Constant
 from .mean import Mean
+from .mgda import MGDA
+from .pcgrad import PCGrad
+from .sum import Sum
 
-REGISTRY: dict[str, type[Weighting]] = {"mean": Mean}
+REGISTRY: dict[str, type[Weighting]] = {
+    "cagrad": CAGrad,
+    "constant": Constant,
+    "mean": Mean,
+    "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "sum": Sum,
+}
 """Registry string -> class."""
 
 
@@ -17,11 +29,14 @@ def get_weighting(name: str, **options: Any) -> Weighting:
         **options: the class's arguments.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
     if name not in REGISTRY:
         raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(REGISTRY))}, or pass a Weighting.")
-    return REGISTRY[name](**options)
+    try:
+        return REGISTRY[name](**options)
+    except TypeError as error:
+        raise ValueError(f"weighting {name!r} does not take {options or 'no options'}: {error}.") from error
 
 
-__all__ = ["REGISTRY", "Mean", "Weighting", "get_weighting"]
+__all__ = ["MGDA", "CAGrad", "Constant", "Mean", "PCGrad", "Sum", "Weighting"]
