@@ -1,0 +1,185 @@
+"""How task gradients are obtained, and how the update gets into ``.grad``."""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+Source = Literal["autograd", "backward"]
+"""``"autograd"``: ``torch.autograd.grad``, for plain eager and compiled models. ``"backward"``: ``loss.backward()`` with
+``.grad`` taken, which also works under post-accumulate-grad hooks and reentrant checkpoints."""
+
+SOURCES = get_args(Source)
+Rows = list[list[Tensor | None]]
+
+
+def task_gradients(losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Tensor]], source: Source) -> Rows:
+    """Gradients of each task's loss with respect to that task's own inputs. ``.grad`` of the inputs is left as it was.
+
+    Args:
+        losses: K scalars, None for a task that is absent.
+        inputs: K lists of leaf tensors that require grad. Tensors may be in several lists, once in each.
+        source: how to get them. Under ``"backward"`` leaves that are nobody's input accumulate into ``.grad``, as they do
+            for ``sum(losses).backward()``; under ``"autograd"`` they are left alone.
+
+    Returns:
+        K lists aligned with ``inputs``; None where the graph of the loss does not reach the tensor, and for absent tasks.
+
+    Raises:
+        RuntimeError: as autograd does, for example for a graph that was freed.
+    """
+    present = [k for k, loss in enumerate(losses) if loss is not None]
+    result: Rows = [[None] * len(tensors) for tensors in inputs]
+    if source == "autograd":
+        for k in present:
+            if inputs[k]:
+                retain = k != present[-1]
+                result[k] = list(torch.autograd.grad(losses[k], inputs[k], retain_graph=retain, allow_unused=True))  # type: ignore[arg-type]
+        return result
+    every = list({id(t): t for tensors in inputs for t in tensors}.values())
+    before = [t.grad for t in every]
+    try:
+        for k in present:
+            _clear(every)
+            losses[k].backward(retain_graph=k != present[-1])  # type: ignore[union-attr]
+            result[k] = [t.grad for t in inputs[k]]
+    finally:
+        for tensor, grad in zip(every, before, strict=True):
+            tensor.grad = grad
+    return result
+
+
+def _clear(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.grad = None
+
+
+def graph_nodes(losses: Iterable[Tensor | None]) -> set[str]:
+    """Type names of the autograd nodes that the losses reach, for example ``AddmmBackward0``. 0.2 us a node."""
+    stack = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return {type(node).__name__ for node in seen}
+
+
+def check_graph(losses: Sequence[Tensor | None], source: Source, by_reach: bool) -> None:
+    """Raises a ``ValueError`` where autograd would give wrong gradients in silence.
+
+    Args:
+        losses: K scalars, None for a task that is absent.
+        source: the gradient source about to be used. ``torch.autograd.grad`` returns None for what a reentrant checkpoint
+            hides.
+        by_reach: whether tasks are told apart by what their graphs reach. A compiled graph reaches all its parameters.
+    """
+    if source == "backward" and not by_reach:
+        return
+    nodes = graph_nodes(losses)
+    if source == "autograd" and "CheckpointFunctionBackward" in nodes:
+        raise ValueError(
+            'gradients="autograd" cannot see the parameters inside a reentrant checkpoint; pass gradients="backward", or '
+            "checkpoint(..., use_reentrant=False)."
+        )
+    if by_reach and "CompiledFunctionBackward" in nodes:
+        raise ValueError(
+            "heads cannot be found from a compiled graph, because it reaches every parameter for every task; pass "
+            "heads={task: parameters} that, with shared, name every parameter of the optimizer."
+        )
+
+
+def update_buffers(rows: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """One buffer per parameter for the combined gradient: the first task's gradient itself where nobody else can see it.
+
+    A gradient that something else holds (a hook, a saved tensor, another parameter's gradient) or that has another layout
+    than its parameter is replaced by a new buffer, so that ``.grad`` has the parameter's layout as torch promises.
+
+    Args:
+        rows: K lists of N gradients; the lists must hold the only references of the caller.
+        params: N parameters.
+
+    Returns:
+        N tensors, None where no task has a gradient.
+    """
+    buffers: list[Tensor | None] = []
+    for n, param in enumerate(params):
+        for row in rows:
+            if row[n] is not None:
+                buffers.append(_own_or_new_buffer(row, n, param))
+                break
+        else:
+            buffers.append(None)
+    return buffers
+
+
+def _own_or_new_buffer(row: Sequence[Tensor | None], n: int, param: Tensor) -> Tensor:
+    sole = _is_sole_reference(row, n)  # before a local name refers to it
+    grad = row[n]
+    assert grad is not None
+    return grad if sole and grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype)
+
+
+def combine_own(rows: Rows, params: Sequence[Tensor], weights: Tensor, weighted: bool) -> list[Tensor | None]:
+    """Gradients of the M parameters that are not shared: the sum of their tasks' rows, times the task's weight if ``weighted``.
+
+    A single row that can be ``.grad`` as it is costs no read.
+    """
+    buffers = update_buffers(rows, params)
+    columns = list(zip(*rows, strict=True))
+    keep = [n for n, column in enumerate(columns) if weighted or not _is_only_row(column, buffers[n])]
+    if keep:
+        ops.combine([[row[n] for n in keep] for row in rows], weights, out=[buffers[n] for n in keep])
+    return buffers
+
+
+def _is_only_row(column: Sequence[Tensor | None], buffer: Tensor | None) -> bool:
+    return all(row is None or row is buffer for row in column)
+
+
+def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
+    """Adds to ``.grad`` in place where there is one, as autograd does."""
+    existing, added = [], []
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None:
+            continue
+        if param.grad is None:
+            param.grad = grad
+        else:
+            existing.append(param.grad)
+            added.append(grad)
+    if existing:
+        torch._foreach_add_(existing, added)
+
+
+_storage_use_count: Callable[[int], int] = torch._C._storage_Use_Count
+
+
+def _is_sole_reference(row: Sequence[Tensor | None], n: int) -> bool:
+    """Whether ``row[n]`` is the only way to its memory: one Python and one C++ reference, no other tensor on the storage.
+
+    Errs to False: an unknown reference costs a copy, never a wrong value.
+    """
+    tensor = row[n]
+    assert tensor is not None
+    if sys.getrefcount(tensor) > _LIST_AND_LOCAL or tensor._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    base = tensor._base
+    if base is None:
+        return _storage_use_count(tensor.untyped_storage()._cdata) <= 2
+    return base._use_count() <= 2 and _storage_use_count(tensor.untyped_storage()._cdata) <= 3  # type: ignore[attr-defined]
+
+
+def _references_of_list_and_local() -> int:
+    row = [object()]
+    item = row[0]
+    return sys.getrefcount(item)
+
+
+_LIST_AND_LOCAL = _references_of_list_and_local()
+"""What ``sys.getrefcount`` counts for an object held by one list and one local variable; differs between Python versions."""

@@ -1,0 +1,73 @@
+"""What a multi-task step tells about itself, read lazily."""
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .roles import Task
+
+
+class StepInfo:
+    """Tensors of one update, on the device. Nothing is computed or copied to the host until it is read.
+
+    Attributes:
+        tasks: the K task names, in the order of every [K] below.
+        losses: float64 [K], unscaled; NaN for a task that was absent.
+        gram: float64 [K, K], or [N, K, K] per tensor, of the shared parameters' gradients, unscaled. Not finite in the row and
+            column of a task whose gradient was not.
+        weights: float64 [K], or [N, K] per tensor, before clipping; 0 for a task that was absent or dropped.
+        active: bool [K], the tasks that were present and not dropped.
+        skipped: bool scalar, whether the update had to be skipped because it was not finite.
+        host_reads: how many times this layer read the device, in ``backward`` and the ``step`` that followed.
+    """
+
+    def __init__(
+        self, tasks: tuple[Task, ...], losses: Tensor, gram: Tensor, weights: Tensor, active: Tensor, update: "UpdateNorm"
+    ) -> None:
+        self.tasks = tasks
+        self.losses = losses
+        self.gram = gram
+        self.weights = weights
+        self.active = active
+        self.skipped = torch.zeros((), dtype=torch.bool, device=gram.device)
+        self.host_reads = 0
+        self._update = update
+
+    @property
+    def cosine(self) -> Tensor:
+        """Cosines of the task gradients, as :func:`mtlkernels.cosine`."""
+        return ops.cosine(self.gram)
+
+    @property
+    def conflicts(self) -> Tensor:
+        """Share of task pairs in conflict, as :func:`mtlkernels.conflict_rate`."""
+        return ops.conflict_rate(self.gram)
+
+    @property
+    def norm(self) -> Tensor:
+        """Norm of the update over all parameters before clipping, as ``clip_grad_norm_`` returns it. float64 scalar."""
+        return self._update.norm()
+
+    def __repr__(self) -> str:
+        return f"StepInfo(tasks={self.tasks}, weights={tuple(self.weights.shape)}, host_reads={self.host_reads})"
+
+
+class UpdateNorm:
+    """|update|^2 = w' G w over the shared parameters + a' H a over the others.
+
+    Summed over tensors where weights are per tensor. G and H are the Grams of the shared and of the other parameters, without
+    the tasks that are not finite.
+    """
+
+    def __init__(self, gram: Tensor, weights: Tensor, own_gram: Tensor | None, own_weights: Tensor, finite: Tensor) -> None:
+        self.gram, self.weights, self.own_gram, self.own_weights, self.finite = gram, weights, own_gram, own_weights, finite
+
+    def norm(self) -> Tensor:
+        square = _quadratic(self.gram, self.weights)
+        if self.own_gram is not None:
+            square = square + _quadratic(torch.where(self.finite, self.own_gram, 0.0), self.own_weights)
+        return square.clamp(min=0).sqrt()
+
+
+def _quadratic(gram: Tensor, weights: Tensor) -> Tensor:
+    return (weights.unsqueeze(-1) * gram * weights.unsqueeze(-2)).sum()

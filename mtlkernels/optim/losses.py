@@ -1,0 +1,63 @@
+"""The losses of a step: which task each belongs to, and whether each can be differentiated."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .roles import Task
+
+Losses = Mapping[Any, Tensor | None] | Sequence[Tensor | None]
+"""{task: scalar loss}, or one scalar loss per task; a missing task or None is absent."""
+
+
+def task_names(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The names as a tuple; a ``ValueError`` unless there is at least one and each is there once."""
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise ValueError(f"tasks is {tasks!r}; pass a list of task names.")
+    names = tuple(tasks)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"tasks is {names}; pass at least one name, each once.")
+    return names
+
+
+def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[Task, ...], list[Tensor | None]]:
+    """The K task names and the K losses in their order, None for an absent task.
+
+    Args:
+        losses: as the optimizer takes them.
+        tasks: the names, or None where these losses fix them: the keys of a dict, the indices of a sequence.
+
+    Raises:
+        ValueError: unknown tasks, a wrong number of losses, no loss at all, or a loss that is not a differentiable scalar.
+    """
+    if isinstance(losses, Mapping):
+        tasks = tasks or tuple(losses)
+        unknown = [task for task in losses if task not in tasks]
+        if unknown:
+            raise ValueError(f"losses has the unknown task {unknown[0]!r}; the tasks are {', '.join(map(repr, tasks))}.")
+        ordered = [losses.get(task) for task in tasks]
+    elif isinstance(losses, (list, tuple)):
+        tasks = tasks or tuple(range(len(losses)))
+        ordered = list(losses)
+        if len(ordered) != len(tasks):
+            raise ValueError(f"losses lists {len(ordered)} tasks instead of {len(tasks)}; pass None for an absent one.")
+    else:
+        raise ValueError(f"losses is a {type(losses).__name__}; pass {{task: loss}}, or a list of one loss per task.")
+    if all(loss is None for loss in ordered):
+        raise ValueError("losses has no loss; pass the loss of at least one task.")
+    for task, loss in zip(tasks, ordered, strict=True):
+        if loss is not None:
+            _check_loss(loss, f"losses[{task!r}]")
+    return tasks, ordered
+
+
+def _check_loss(loss: Tensor, name: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{name} is a {type(loss).__name__}; pass the loss tensor itself, without .item() or float().")
+    if loss.numel() != 1:
+        raise ValueError(f"{name} has shape {tuple(loss.shape)}; pass a scalar, for example {name}.mean().")
+    if not loss.dtype.is_floating_point:
+        raise ValueError(f"{name} is {loss.dtype}; pass a real floating-point loss.")
+    if not loss.requires_grad:
+        raise ValueError(f"{name} does not require grad; compute it with grad enabled, from parameters that require grad.")

@@ -1,0 +1,378 @@
+"""The multi-task optimizer: task losses in, one combined gradient and a torch optimizer's step out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args, overload
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..distributed import check_single_process
+from ..gradients import SOURCES, Rows, Source, add_to_grad, check_graph, combine_own, task_gradients, update_buffers
+from ..weightings import Weighting, get_weighting
+from .info import StepInfo, UpdateNorm
+from .losses import Losses, order_losses, task_names
+from .roles import Roles, Task
+from .undo import Snapshot, load_buffers
+from .wrapper import WrappedOptimizer, with_step_hooks
+
+Nonfinite = Literal["skip", "drop_task", "raise"]
+
+STATE_KEY = "multitask"
+"""Entry of the state dict that holds the task names and the weighting's state; optimizers of torch ignore it."""
+
+
+class MultiTaskOptimizer(WrappedOptimizer):
+    """A torch optimizer that steps along a weighted combination of task gradients.
+
+    Shared parameters get sum_k w_k g_k with weights from the Gram matrix of the task gradients; head parameters get their
+    own task's gradient unweighted; ``.grad`` stays None where no task reaches a parameter.
+
+    Args:
+        optimizer: the torch optimizer that applies the update; ``.optimizer`` afterwards.
+        weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device.
+        shared: the shared parameters. None: every parameter of the optimizer that is not in ``heads``.
+        heads: {task: parameters}. A parameter in neither ``shared`` nor ``heads`` belongs to the task whose graph reaches it,
+            and gets the sum where several do. That needs eager mode; name every head of a compiled model.
+        tasks: the task names. None: fixed by the keys of the first dict, or by the number of losses of the first sequence.
+        per: one set of weights for the ``"model"``, or one for each shared ``"tensor"``.
+        max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. With
+            gradient accumulation each ``backward`` clips its own update.
+        on_nonfinite: what a gradient that is not finite does. ``"skip"``: the step changes nothing, nor does the weighting's
+            state. ``"drop_task"``: the task counts as absent, but its head gets a zero gradient, since the host does not know;
+            a step with no finite task left is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
+        gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
+            itself (post-accumulate-grad hooks, reentrant checkpoints).
+        process_group, mesh: None; distributed training is not supported in this version.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it and the fix.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weighting: str | Weighting = "mean",
+        *,
+        shared: Iterable[Tensor] | None = None,
+        heads: Mapping[Any, Iterable[Tensor]] | None = None,
+        tasks: Sequence[Task] | None = None,
+        per: Literal["model", "tensor"] = "model",
+        max_norm: float | None = None,
+        on_nonfinite: Nonfinite = "skip",
+        gradients: Source = "autograd",
+        process_group: object = None,
+        mesh: object = None,
+    ) -> None:
+        super().__init__(optimizer)
+        weighting = get_weighting(weighting) if isinstance(weighting, str) else weighting
+        if not isinstance(weighting, Weighting):
+            raise ValueError(f"weighting is a {type(weighting).__name__}; pass a Weighting or its name, for example 'mean'.")
+        for name, value, known in (
+            ("per", per, ("model", "tensor")),
+            ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
+            ("gradients", gradients, SOURCES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
+        params = self.params
+        check_single_process(params, process_group, mesh)
+        self._roles = Roles(params, shared, heads)
+        self.tasks = None if tasks is None else task_names(tasks)
+        if self.tasks is not None:
+            self._check_heads(self.tasks)
+        self.per, self.max_norm, self.on_nonfinite, self.gradients = per, max_norm, on_nonfinite, gradients
+        self.weighting = weighting.to(self.device)
+        self._tasks_given = tasks is not None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what belongs to the update in progress."""
+        self._skip: Tensor | None = None  # bool scalar: the update in .grad is not finite
+        self._info: StepInfo | None = None
+
+    # --- the update ------------------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
+        """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
+
+        Follow with ``step()``, or ``scaler.step(optimizer)`` and ``scaler.update()``. An update that is not finite leaves NaN
+        in ``.grad`` and makes that step skip (or the scaler, when one is given).
+
+        Args:
+            losses: {task: scalar loss}, or a sequence in the order of ``tasks``; unscaled. A task that is missing or None is
+                absent: no weight, and its state in the weighting stays.
+            scaler: scales the losses; ``.grad`` stays scaled until ``scaler.unscale_``, weights and clipping are those of
+                the unscaled gradients.
+
+        Raises:
+            ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
+            RuntimeError: ``on_nonfinite="raise"`` and a task is not finite.
+            Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
+        """
+        with self._undone_on_error() as before:
+            return self._backward(losses, scaler, accumulate=True, kept=before)
+
+    @overload  # type: ignore[override]  # losses instead of a closure that returns a number
+    def step(self, losses: None = None) -> None: ...
+
+    @overload
+    def step(self, losses: Losses | Callable[[], Losses]) -> StepInfo: ...
+
+    @with_step_hooks
+    def step(self, losses: Losses | Callable[[], Losses] | None = None) -> StepInfo | None:
+        """One optimization step.
+
+        Args:
+            losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them. None: steps
+                from ``.grad`` as :meth:`backward` or the caller left it.
+
+        Returns:
+            The update's info; None without losses.
+
+        Raises:
+            As :meth:`backward`. An exception of the inner optimizer's step puts ``.grad`` and the weighting's state back;
+            what that step had changed by then stays changed.
+        """
+        if losses is None:
+            reads = self._step_inner(self._skip)
+            if self._info is not None:
+                self._info.host_reads += reads
+            self._forget()
+            return None
+        if callable(losses):
+            with torch.enable_grad():
+                losses = losses()
+        with self._undone_on_error() as before:
+            info = self._backward(losses, None, accumulate=False, kept=before)
+            info.host_reads += self._step_inner(self._skip)
+        self._forget()
+        return info
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._forget()
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any], *, shared: bool | None = None) -> None:
+        """Adds a group to the inner optimizer.
+
+        Args:
+            param_group: as for any optimizer.
+            shared: whether its parameters are shared; otherwise they belong to the tasks that reach them. None: shared
+                when ``shared`` was None at construction.
+        """
+        self.optimizer.add_param_group(param_group)
+        self._roles.add(self.params, shared)
+
+    def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
+        tasks, ordered = order_losses(losses, self.tasks)
+        self._check_heads(tasks)
+        params = self.params
+        check_single_process()
+        if len(params) != self._roles.num_held:
+            check_single_process(params)
+            self._roles.add(params)  # a group was added to the inner optimizer
+        check_graph(ordered, self.gradients, by_reach=any(p.requires_grad for p in self._roles.found))
+        scale = None
+        scaled = ordered
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
+            raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
+        if scaler is not None and scaler.is_enabled():
+            if self.on_nonfinite == "drop_task":
+                raise ValueError(
+                    'on_nonfinite="drop_task" hides an overflow from the scaler, whose scale would never go down; '
+                    'pass on_nonfinite="skip" to train with a GradScaler.'
+                )
+            scaled = [None if loss is None else scaler.scale(loss) for loss in ordered]
+            scale = scaler.scale(torch.ones((), device=self.device))  # the factor, without a host read
+        shared = self._roles.shared
+        own, own_of_task = self._roles.own(tasks)
+        shared_rows, own_rows = self._rows(scaled, shared, own, own_of_task)
+        if all(loss is not None for loss in ordered):
+            self._check_reached(shared_rows, shared)
+        with torch.no_grad():
+            info, applied, own_weights = self._solve(tasks, ordered, shared_rows, own_rows, own, scale, kept)
+            buffers = update_buffers(shared_rows, shared)
+            ops.combine(shared_rows, applied, out=buffers)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            if not accumulate:
+                for param in params:
+                    param.grad = None
+            if self._skip is not None and all(p.grad is None for p in params):
+                self._skip = None  # .grad was cleared since
+            add_to_grad([*shared, *own], [*buffers, *own_buffers])
+        self.tasks = tasks
+        self._info = info
+        if scale is not None or self.on_nonfinite == "raise":
+            self._skip = None  # the scaler decides, or it has been decided
+        else:
+            self._skip = info.skipped if self._skip is None else self._skip | info.skipped
+        return info
+
+    def _check_heads(self, tasks: Sequence[Task]) -> None:
+        for task in self._roles.heads:
+            if task not in tasks:
+                raise ValueError(f"heads names the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}.")
+
+    def _rows(
+        self, losses: Sequence[Tensor | None], shared: list[Tensor], own: list[Tensor], own_of_task: list[list[int]]
+    ) -> tuple[Rows, Rows]:
+        """Task gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones."""
+        live = [n for n, p in enumerate(shared) if p.requires_grad]
+        own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
+        inputs = [[shared[n] for n in live] + [own[m] for m in indices] for indices in own_live]
+        shared_rows, own_rows = [], []
+        for grads, indices in zip(task_gradients(losses, inputs, self.gradients), own_live, strict=True):
+            shared_rows.append(_scatter(grads[: len(live)], live, len(shared)))
+            own_rows.append(_scatter(grads[len(live) :], indices, len(own)))
+        return shared_rows, own_rows
+
+    def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
+        for param, column in zip(shared, zip(*rows, strict=True), strict=True):
+            if column[0] is None and param.requires_grad and all(row is None for row in column):
+                raise ValueError(
+                    f"no loss reaches the shared {self._name(param)}; leave it out of shared, freeze it with "
+                    'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
+                )
+
+    def _solve(
+        self,
+        tasks: tuple[Task, ...],
+        losses: Sequence[Tensor | None],
+        shared_rows: Rows,
+        own_rows: Rows,
+        own: list[Tensor],
+        scale: Tensor | None,
+        kept: Snapshot,
+    ) -> tuple[StepInfo, Tensor, Tensor]:
+        """Weights of the tasks, on the device: the info, the weights to apply ([K] or [N, K]) and those of the heads ([K])."""
+        device = self.device
+        gram = self._gram(shared_rows, self._roles.shared, tasks, self.per).to(device)
+        own_gram = self._gram(own_rows, own, tasks, "model").to(device) if own else None
+        if scale is not None:
+            square = scale.double().square()
+            gram = gram / square
+            own_gram = None if own_gram is None else own_gram / square
+        finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
+        finite = finite if self.per == "model" else finite.all(0)
+        if own_gram is not None:
+            finite = finite & (own_gram.diagonal() < torch.inf)
+        pair = finite.unsqueeze(-1) & finite
+        clean = torch.where(pair, gram, 0.0)
+
+        here = [loss is not None for loss in losses]
+        present = torch.ones_like(finite) if all(here) else torch.tensor(here, device=device)
+        drops = self.on_nonfinite == "drop_task"
+        active = present & finite if drops else present
+        masks = drops or not all(here)
+        absent = None if all(here) else torch.full((), torch.nan, device=device)
+        scalars = [cast(Tensor, absent) if loss is None else loss.reshape(()) if loss.dim() else loss for loss in losses]
+        values = torch.stack(scalars).to(device).double()
+        if masks:
+            weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
+        else:
+            weights = self.weighting(clean, losses=values)
+        if weights.shape != gram.shape[:-1]:
+            raise ValueError(
+                f"weighting {type(self.weighting).__name__} returned weights of shape {tuple(weights.shape)}; a Gram of shape "
+                f"{tuple(gram.shape)} takes {tuple(gram.shape[:-1])}."
+            )
+
+        own_weights = active.double()
+        update = UpdateNorm(clean, weights, own_gram, own_weights, pair)
+        info = StepInfo(tasks, values, gram, weights, active, update)
+        usable = weights.isfinite().all() & (active.any() if drops else finite.all())
+        if self.on_nonfinite == "raise":
+            info.host_reads = 1
+            self._raise_nonfinite(tasks, torch.cat([finite, usable.unsqueeze(0)]).tolist())
+        applied = weights
+        if self.max_norm is not None:
+            factor = (self.max_norm / (update.norm() + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
+            applied, own_weights = applied * factor, own_weights * factor
+        if self.on_nonfinite != "raise":
+            info.skipped = ~usable
+            applied = torch.where(usable, applied, torch.nan)  # a skipped update shows in .grad, where a GradScaler looks
+            kept.restore_buffers_unless(usable)
+        return info, applied, own_weights
+
+    def _gram(self, rows: Rows, params: list[Tensor], tasks: Sequence[Task], per: Literal["model", "tensor"]) -> Tensor:
+        try:
+            return cast(Tensor, ops.gram(rows, per=per))
+        except Exception:
+            for task, row in zip(tasks, rows, strict=True):
+                for param, grad in zip(params, row, strict=True):
+                    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+                        raise ValueError(
+                            f"the gradient of task {task!r} for the {self._name(param)} is {grad.layout}, {grad.dtype}; the "
+                            "optimizer takes dense, real ones: build the layer with sparse=False, or on torch.view_as_real."
+                        ) from None
+            raise
+
+    def _raise_nonfinite(self, tasks: tuple[Task, ...], verdict: list[bool]) -> None:
+        """``verdict``: whether each task's gradients are finite, and whether the update is."""
+        named = ", ".join(repr(task) for task, finite in zip(tasks, verdict, strict=False) if not finite)
+        if named:
+            raise RuntimeError(f"gradients of task {named} are not finite; nothing was changed.")
+        if not verdict[-1]:
+            raise RuntimeError(f"{type(self.weighting).__name__} returned weights that are not finite; nothing was changed.")
+
+    # --- failing ---------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[Snapshot]:
+        """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
+        before = Snapshot(self.params, self.weighting)
+        own = self.tasks, self._skip, self._info
+        try:
+            yield before
+        except BaseException:
+            before.restore()
+            self.tasks, self._skip, self._info = own
+            raise
+
+    def _name(self, param: Tensor) -> str:
+        for g, group in enumerate(self.param_groups):
+            for n, other in enumerate(group["params"]):
+                if other is param:
+                    names = group.get("param_names")
+                    place = repr(names[n]) if names else f"param_groups[{g}]['params'][{n}]"
+                    return f"parameter {place} of shape {tuple(param.shape)}"
+        return f"parameter of shape {tuple(param.shape)}"
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _extra_state(self) -> dict[str, Any]:
+        """``{"multitask": {"tasks": names or None, "weighting": its state dict}}``; optimizers of torch ignore the entry."""
+        tasks = None if self.tasks is None else list(self.tasks)
+        return {STATE_KEY: {"tasks": tasks, "weighting": dict(self.weighting.state_dict())}}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """A state dict without the entry of its own leaves the task names and the weighting's state as they are."""
+        own = state_dict.pop(STATE_KEY, None)
+        with self._undone_on_error():
+            if own is not None:
+                self._load_tasks(own["tasks"])
+                load_buffers(self.weighting, own["weighting"], self.device)
+            self.optimizer.load_state_dict(state_dict)
+        self._forget()
+
+    def _load_tasks(self, saved: list[Task] | None) -> None:
+        """Takes over the saved order of the tasks, by which the weighting's state is laid out."""
+        if saved is None:
+            return
+        names = task_names(saved)
+        if self.tasks is not None and (set(self.tasks) != set(names) or (self._tasks_given and self.tasks != names)):
+            raise ValueError(f"the state dict has the tasks {names} instead of {self.tasks}; pass tasks={list(names)}.")
+        self._check_heads(names)
+        self.tasks = names
+
+
+def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:
+    row: list[Tensor | None] = [None] * size
+    for index, value in zip(indices, values, strict=True):
+        row[index] = value
+    return row

@@ -1,0 +1,227 @@
+"""A ``torch.optim.Optimizer`` around another one, with nothing copied: the inner optimizer holds groups, state and defaults."""
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+"""Optimizers whose ``fused=True`` step takes ``found_inf`` and then changes nothing, without a host read."""
+
+
+def with_step_hooks(step: Step) -> Step:
+    """Runs the step hooks registered on the wrapper around ``step``.
+
+    Takes the place of torch's own decorator: hooks registered for all optimizers and the profiler's run in the inner
+    optimizer's step, so that each runs once.
+    """
+
+    @functools.wraps(step)
+    def hooked(self: "WrappedOptimizer", *args: Any, **kwargs: Any) -> Any:
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            changed: Any = hook(self, args, kwargs)
+            if changed is not None:
+                if not (isinstance(changed, tuple) and len(changed) == 2):
+                    raise RuntimeError(f"a step pre hook must return None or (new_args, new_kwargs), but returned {changed!r}.")
+                args, kwargs = changed
+        result = step(self, *args, **kwargs)
+        for after in list(self._optimizer_step_post_hooks.values()):
+            after(self, args, kwargs)
+        return result
+
+    hooked.hooked = True  # type: ignore[attr-defined]  # tells torch not to add its own decorator
+    return hooked  # type: ignore[return-value]
+
+
+class WrappedOptimizer(torch.optim.Optimizer):
+    """Base of this package's optimizers.
+
+    ``param_groups``, ``state`` and ``defaults`` are the inner optimizer's own objects at any time, so schedulers, checkpoints
+    and loops may hold the wrapper or the inner optimizer. Subclasses decorate ``step`` with :func:`with_step_hooks`.
+
+    Args:
+        optimizer: the inner optimizer; its ``step`` must need no closure.
+
+    Raises:
+        ValueError: not an optimizer, already wrapped, or one whose step needs a closure.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, as torch.optim.AdamW(...)."
+            )
+        if isinstance(optimizer, WrappedOptimizer):
+            raise ValueError(f"optimizer is already a {type(optimizer).__name__}; pass its .optimizer.")
+        arguments = inspect.signature(optimizer.step).parameters.values()
+        required = [
+            a.name for a in arguments if a.default is a.empty and a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)
+        ]
+        if required:
+            raise ValueError(
+                f"optimizer is {type(optimizer).__name__}, whose step needs {', '.join(required)}; pass one that needs nothing."
+            )
+        self.optimizer = optimizer
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._optimizer_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_state_dict_post_hooks = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    # --- what the inner optimizer holds ----------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Every parameter the optimizer holds, in the order of its groups."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the first parameter, the CPU when there is none."""
+        for group in self.optimizer.param_groups:
+            if group["params"]:
+                return group["params"][0].device
+        return torch.device("cpu")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    # --- the inner step --------------------------------------------------------------------------------------------------
+
+    def _step_inner(self, skip: Tensor | None) -> int:
+        """Steps the inner optimizer unless ``skip``, or the flag a GradScaler has set, is true.
+
+        Args:
+            skip: bool scalar on the device; None: do not skip.
+
+        Returns:
+            How many host reads it took: 0 where there is no flag or the inner step takes it on the device, otherwise 1.
+        """
+        inner: Any = self.optimizer
+        before = getattr(inner, "found_inf", None)
+        flags = [flag.float() for flag in (skip, before) if flag is not None]
+        if not flags:
+            inner.step()
+            return 0
+        flag = torch.stack(flags).amax()
+        if not self._takes_found_inf():
+            if not bool(flag):
+                inner.step()
+            return 1
+        inner.found_inf = flag
+        try:
+            inner.step()
+        finally:
+            if before is None:
+                del inner.found_inf
+            else:
+                inner.found_inf = before
+        return 0
+
+    def _takes_found_inf(self) -> bool:
+        """Whether the inner step can skip itself on the device."""
+        groups = self.param_groups
+        if type(self.optimizer) not in FUSED or not all(group.get("fused") for group in groups):
+            return False
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return True
+        # A fused SGD that skips its first step keeps the momentum buffers it has just allocated, uninitialised.
+        with_momentum = [p for group in groups if group["momentum"] for p in group["params"] if p.grad is not None]
+        return all(self.state.get(p, {}).get("momentum_buffer") is not None for p in with_momentum)
+
+    # --- what GradScaler reads and sets on an optimizer that skips a step on the device ----------------------------------
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
+
+    @property
+    def grad_scale(self) -> Any:
+        return self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        self.optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        del self.optimizer.grad_scale  # type: ignore[attr-defined]
+
+    @property
+    def found_inf(self) -> Any:
+        return self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    @found_inf.setter
+    def found_inf(self, value: Any) -> None:
+        self.optimizer.found_inf = value  # type: ignore[attr-defined]
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state dict plus what :meth:`_extra_state` gives. Hooks on both optimizers run."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = {**self.optimizer.state_dict(), **self._extra_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave, or a plain state dict of the inner optimizer. Hooks on both optimizers run."""
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self._load(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Entries that a subclass adds to the state dict."""
+        return {}
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict; a subclass takes its own entries first and fails before the inner optimizer changes."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy. As in plain optimizers, hooks and the step that a scheduler patched stay behind."""
+        left = {"step", *(name for name in self.__dict__ if name.startswith("_optimizer_") and name.endswith("_hooks"))}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
