@@ -1,0 +1,252 @@
+"""Pictures of multi-task training: arrays in, ``matplotlib`` figure out.
+
+Every function draws into ``axes`` when they are given and into a new figure otherwise, and returns the figure. Colours are
+those of Okabe and Ito (2008), which stay apart for colour-blind readers; the n-th entry of a mapping has the n-th colour.
+No display is needed: figures belong to no window and are saved with ``figure.savefig(path)``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ._optional import require
+
+Figure = Any
+Axes = Any
+Array = NDArray[np.float64]
+
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+MARKERS = ("X", "o", "s", "^", "D", "v", "P", "*")
+INK, FAINT = "#333333", "#D9D9D9"
+
+
+def loss_curves(
+    losses: Mapping[str, ArrayLike], *, title: str = "Training loss", window: int | None = None, axes: Axes | None = None
+) -> Figure:
+    """Loss over steps on a logarithmic scale: the mean over seeds, with the range of the seeds as a band.
+
+    Args:
+        losses: name -> [S, T], S seeds of T steps. A name without steps ([S, 0]) keeps its colour and draws nothing.
+        title: above the axes.
+        window: steps averaged for each point of a curve; None: a thirtieth of the run.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: an array that is not [S, T].
+        MissingPackageError: matplotlib is not installed.
+    """
+    axes = _new_axes(title) if axes is None else _style(axes, title)
+    _curves(axes, losses, "losses", window)
+    axes.set_yscale("log")
+    axes.set_ylabel("cross-entropy")
+    ticker = require("matplotlib.ticker", "matplotlib", "mtlkernels.plot")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    return axes.figure
+
+
+def cosine_over_time(
+    cosines: Mapping[str, ArrayLike],
+    *,
+    title: str = "Cosine of two task gradients",
+    window: int | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """Cosine of two task gradients over steps, as :func:`loss_curves` draws it; below the line the tasks conflict.
+
+    Args:
+        cosines: name -> [S, T], S seeds of T steps.
+        title: above the axes.
+        window: as in :func:`loss_curves`.
+        axes: where to draw; None: a new figure.
+    """
+    axes = _new_axes(title) if axes is None else _style(axes, title)
+    _curves(axes, cosines, "cosines", window)
+    axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, -0.05), max(high, 0.05))
+    axes.axhspan(min(low, -0.05), 0.0, color="#F4F4F4", zorder=0)
+    axes.annotate("tasks conflict below 0", (0.985, 0.03), xycoords="axes fraction", ha="right", fontsize=9, color=INK)
+    axes.set_ylabel("cosine")
+    return axes.figure
+
+
+def cosine_matrix(
+    matrix: ArrayLike, tasks: Sequence[str], *, title: str = "Cosine of task gradients", axes: Axes | None = None
+) -> Figure:
+    """A matrix of cosines with its values written in: blue agrees, red conflicts.
+
+    Args:
+        matrix: [K, K] in [-1, 1].
+        tasks: K names.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: ``matrix`` is not [K, K] for K names.
+    """
+    values = np.asarray(matrix, dtype=np.float64)
+    if values.shape != (len(tasks), len(tasks)):
+        raise ValueError(f"matrix has shape {values.shape}; {len(tasks)} tasks take [{len(tasks)}, {len(tasks)}].")
+    axes = _new_axes(title, size=(4.2, 4.2)) if axes is None else _style(axes, title)
+    axes.imshow(values, cmap="RdBu", vmin=-1.0, vmax=1.0)
+    ticks = range(len(tasks))
+    axes.set_xticks(ticks, tasks)
+    axes.set_yticks(ticks, tasks)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if len(tasks) <= 12:  # more numbers than that are unreadable
+        for i, j in np.ndindex(values.shape):
+            dark = abs(values[i, j]) > 0.5
+            axes.text(j, i, f"{values[i, j]:+.2f}", ha="center", va="center", fontsize=9, color="white" if dark else INK)
+    return axes.figure
+
+
+def accuracy_plane(
+    points: Mapping[str, ArrayLike], tasks: Sequence[str], *, title: str = "Test accuracy", axes: Axes | None = None
+) -> Figure:
+    """Accuracy of one task against the other's: a faint mark for each seed, a full one for their mean.
+
+    Args:
+        points: name -> [S, 2], in percent.
+        tasks: the two names.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: an array that is not [S, 2].
+    """
+    axes = _new_axes(title, size=(5.0, 5.0)) if axes is None else _style(axes, title)
+    for n, (name, values) in enumerate(points.items()):
+        colour, marker = COLOURS[n % len(COLOURS)], MARKERS[n % len(MARKERS)]
+        seeds = np.asarray(values, dtype=np.float64)
+        if seeds.ndim != 2 or seeds.shape[1] != 2:
+            raise ValueError(f"points[{name!r}] has shape {seeds.shape}; pass [seeds, 2].")
+        mean = seeds.mean(0)
+        axes.scatter(seeds[:, 0], seeds[:, 1], s=22, color=colour, marker=marker, alpha=0.3, linewidths=0)
+        size = max(40, 150 - 20 * n)  # a mark on top leaves the edge of the one below in sight
+        axes.scatter(*mean, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=3, label=name)
+    axes.set_xlabel(f"{tasks[0]}, %")
+    axes.set_ylabel(f"{tasks[1]}, %")
+    axes.margins(0.12)
+    return axes.figure
+
+
+def training_summary(
+    losses: Mapping[str, ArrayLike],
+    cosines: Mapping[str, ArrayLike],
+    accuracy: Mapping[str, ArrayLike],
+    tasks: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """One page on a two-task comparison: losses, accuracies, cosine over time and the final cosine matrices.
+
+    Args:
+        losses: method -> [S, T, 2], S seeds of T steps. Its order fixes colours and marks.
+        cosines: method -> [S, T, 3, 3] of the two task gradients and the update, for the methods that combine task gradients.
+        accuracy: method -> [S, 2], in percent.
+        tasks: the two names.
+        title: of the page.
+
+    Raises:
+        ValueError: other than two tasks, or arrays of other shapes.
+        MissingPackageError: matplotlib is not installed.
+    """
+    if len(tasks) != 2:
+        raise ValueError(f"tasks lists {len(tasks)} names; the summary compares two tasks.")
+    curves = {name: np.asarray(values, dtype=np.float64) for name, values in losses.items()}
+    matrices = {name: np.asarray(values, dtype=np.float64) for name, values in cosines.items()}
+    for name, values in (*curves.items(), *matrices.items()):
+        if values.shape[2:] not in ((2,), (3, 3)):
+            raise ValueError(f"the array of {name!r} has shape {values.shape}; pass losses [S, T, 2] and cosines [S, T, 3, 3].")
+    figure = _new_figure((14.0, 8.6))
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    legend_row, top, bottom = figure.subfigures(3, 1, height_ratios=(0.07, 1.0, 1.0))
+    left, right, plane = top.subplots(1, 3)
+    for k, (task, axes) in enumerate(zip(tasks, (left, right), strict=True)):
+        loss_curves({name: values[..., k] for name, values in curves.items()}, title=f"Training loss, {task}", axes=axes)
+    right.sharey(left)
+    right.set_ylabel("")
+    accuracy_plane(
+        {name: accuracy[name] for name in curves if name in accuracy},
+        tasks,
+        title="Test accuracy (up and right is better)",
+        axes=plane,
+    )
+    time_part, matrix_part = bottom.subfigures(1, 2, width_ratios=(2.0, 1.0))
+    pairs = {name: matrices[name][..., 0, 1] if name in matrices else np.empty((1, 0)) for name in curves}
+    cosine_over_time(pairs, title="Cosine of the two task gradients on the shared parameters", axes=time_part.subplots())
+    _final_matrices(matrix_part, matrices, (*tasks, "update"))
+    handles, labels = plane.get_legend_handles_labels()
+    legend_row.legend(handles, labels, loc="center", ncols=len(labels), frameon=False, fontsize=11)
+    return figure
+
+
+def _final_matrices(figure: Figure, matrices: Mapping[str, Array], names: Sequence[str]) -> None:
+    """Small multiples of the cosine matrices [S, T, K, K], each the mean over seeds and the last tenth of the steps."""
+    if not matrices:
+        return
+    final = max(1, next(iter(matrices.values())).shape[1] // 10)
+    figure.suptitle(f"Cosine matrix, mean of the last {final} steps", fontsize=11, fontweight="bold", color=INK)
+    columns = min(2, len(matrices))
+    grid = figure.subplots(-(-len(matrices) // columns), columns, squeeze=False)
+    for n, axes in enumerate(grid.flat):
+        if n >= len(matrices):
+            axes.set_axis_off()
+            continue
+        name, values = list(matrices.items())[n]
+        cosine_matrix(values[:, -final:].mean((0, 1)), names, title=name, axes=axes)
+        if n % columns:  # names once a row and once a column
+            axes.set_yticklabels([])
+        if n + columns < len(matrices):
+            axes.set_xticklabels([])
+
+
+def _curves(axes: Axes, curves: Mapping[str, ArrayLike], argument: str, window: int | None) -> None:
+    length = 1
+    for n, (name, values) in enumerate(curves.items()):
+        colour = COLOURS[n % len(COLOURS)]
+        seeds = np.asarray(values, dtype=np.float64)
+        if seeds.ndim != 2:
+            raise ValueError(f"{argument}[{name!r}] has shape {seeds.shape}; pass [seeds, steps].")
+        if seeds.size == 0:
+            continue
+        width = min(seeds.shape[1], window or max(1, seeds.shape[1] // 30))
+        steps, smooth = moving_average(seeds, width)
+        length = max(length, seeds.shape[1])
+        axes.fill_between(steps, smooth.min(0), smooth.max(0), color=colour, alpha=0.12, linewidth=0)
+        axes.plot(steps, smooth.mean(0), color=colour, linewidth=1.8, label=name)
+    axes.set_xlabel("step")
+    axes.set_xlim(0, length)
+
+
+def moving_average(values: Array, window: int) -> tuple[NDArray[Any], Array]:
+    """Means over ``window`` steps, [S, T] -> the windows' middles [T - window + 1] and means [S, T - window + 1]."""
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    means = (sums[:, window:] - sums[:, :-window]) / window
+    return np.arange(means.shape[1]) + (window - 1) / 2.0, means
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    module = require("matplotlib.figure", "matplotlib", "mtlkernels.plot")
+    return module.Figure(figsize=size, layout="constrained", facecolor="white")
+
+
+def _new_axes(title: str, size: tuple[float, float] = (6.4, 4.2)) -> Axes:
+    return _style(_new_figure(size).subplots(), title)
+
+
+def _style(axes: Axes, title: str) -> Axes:
+    axes.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left" if title else "center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.grid(True, color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return axes
