@@ -1,10 +1,10 @@
 """Gram, combine and aggregate on ResNet-50's gradients against one read of them and against flat matrix products.
 
-    make bench                                  # all
-    make bench ARGS="--tasks 2,8 --threads 2"   # some
+make bench                                  # all
+make bench ARGS="--tasks 2,8 --threads 2"   # some
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ Rows = list[list[Tensor]]
 
 
 @pytest.fixture(scope="module")
-def grads(num_tasks: int, dtype: torch.dtype) -> Iterator[Rows]:
+def grads(num_tasks: int, dtype: torch.dtype) -> Rows:
     torch.manual_seed(0)
-    yield [[torch.randn(shape).to(dtype) for shape in resnet50()] for _ in range(num_tasks)]
+    return [[torch.randn(shape).to(dtype) for shape in resnet50()] for _ in range(num_tasks)]
 
 
 @pytest.fixture(scope="module")
-def buffers(dtype: torch.dtype) -> Iterator[list[Tensor]]:
-    yield [torch.zeros(shape, dtype=dtype) for shape in resnet50()]
+def buffers(dtype: torch.dtype) -> list[Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in resnet50()]
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             medians.setdefault((info["dtype"], info["num_tasks"]), {})[info["op"]] = (bench.stats.median, info["bytes"])
     write = terminalreporter.write_line
     write("")
-    write(f"ResNet-50's 159 tensors, {config.getoption('--threads')} thread(s), medians in units of one read of the same gradients in the same run")
+    threads = config.getoption("--threads")
+    write(f"ResNet-50's 159 tensors, {threads} thread(s), medians in units of one read of the same gradients in the same run")
     write("(the faster of torch's sum and amax over every tensor)")
     for (dtype, num_tasks), ops in medians.items():
         reads = [ops[name] for name in ("read: sum", "read: amax") if name in ops]

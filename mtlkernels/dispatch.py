@@ -84,7 +84,11 @@ def cpu_capability() -> str | None:
     asked = os.environ.get("MTLKERNELS_CPU_CAPABILITY", chosen)
     if asked != chosen:
         known = asked in CAPABILITIES
-        problem = f"is not one of {', '.join(CAPABILITIES)}" if not known else f"is not supported by this processor, which has {chosen}"
+        problem = (
+            f"is not one of {', '.join(CAPABILITIES)}"
+            if not known
+            else f"is not supported by this processor, which has {chosen}"
+        )
         raise ValueError(f"MTLKERNELS_CPU_CAPABILITY is {asked!r}, which {problem}; unset it or name another.")
     return chosen
 

@@ -93,7 +93,8 @@ void require(bool condition, const char* message, int64_t task, int64_t tensor) 
 
 Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out, int64_t num_out)
     : num_out_(num_out) {
-  require(num_tasks > 0 ? int64_t(grads.size()) % num_tasks == 0 : grads.empty(), "the gradients are not num_tasks rows of equal length");
+  require(num_tasks > 0 ? int64_t(grads.size()) % num_tasks == 0 : grads.empty(),
+          "the gradients are not num_tasks rows of equal length");
   const int64_t num_columns = num_tasks > 0 ? int64_t(grads.size()) / num_tasks : 0;
   require(!out || int64_t(out->size()) == num_columns * num_out, "out has the wrong number of tensors");
   columns_.reserve(num_columns);
@@ -173,7 +174,8 @@ std::vector<Piece> cut(const Columns& columns) {
 
 Tensor zeros(const std::vector<int64_t>& shape) {
   using torch::headeronly::ScalarType;
-  Tensor result = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), ScalarType::Double);
+  Tensor result =
+      torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), ScalarType::Double);
   if (result.numel() > 0) std::fill_n(static_cast<double*>(result.mutable_data_ptr()), result.numel(), 0.0);
   return result;
 }
@@ -186,7 +188,8 @@ std::vector<double> read_matrix(const Tensor& tensor, const char* what) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = (v.dim == 2 ? i * v.strides[0] : 0) + (v.dim > 0 ? j * v.strides[v.dim - 1] : 0);
-      values[i * columns + j] = v.dtype == cpu::DType::float64 ? static_cast<const double*>(v.data)[at] : static_cast<const float*>(v.data)[at];
+      values[i * columns + j] =
+          v.dtype == cpu::DType::float64 ? static_cast<const double*>(v.data)[at] : static_cast<const float*>(v.data)[at];
     }
   }
   return values;

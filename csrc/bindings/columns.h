@@ -29,9 +29,10 @@ void require(bool condition, const char* message, int64_t task = -1, int64_t ten
 /// The gradients of `grads` (task-major, num_tasks rows) column by column, optionally with the results beside them.
 class Columns {
  public:
-  /// `grads` and `out` must outlive this. `row_major`: element i of a column is its i-th in logical order, channels being rows; otherwise
-  /// any common order of a dense column will do. `out` holds num_out results per column, result-major, or is null.
-  Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out = nullptr, int64_t num_out = 0);
+  /// `grads` and `out` must outlive this. `row_major`: element i of a column is its i-th in logical order, channels being rows;
+  /// otherwise any common order of a dense column will do. `out` holds num_out results per column, result-major, or is null.
+  Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out = nullptr,
+          int64_t num_out = 0);
 
   int64_t size() const { return int64_t(columns_.size()); }
   const cpu::Column& operator[](int64_t n) const { return columns_[n]; }
@@ -41,14 +42,15 @@ class Columns {
   int64_t total_elements() const { return total_elements_; }
 
  private:
-  void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out);
+  void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,
+           const std::vector<Tensor>* out);
 
   std::vector<cpu::Column> columns_;
   std::vector<const void*> rows_;
   std::vector<void*> outputs_;
   std::vector<const int64_t* const*> out_strides_;
   std::vector<int64_t> channels_;
-  std::vector<std::vector<int64_t>> sizes_, strides_;              // of columns that are not flat
+  std::vector<std::vector<int64_t>> sizes_, strides_;  // of columns that are not flat
   std::vector<std::vector<const int64_t*>> stride_tables_;
   int64_t num_out_ = 0, total_elements_ = 0;
 };

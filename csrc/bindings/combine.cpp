@@ -23,19 +23,21 @@ std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int6
   std::vector<Tensor> out;
   out.reserve(num_columns * num_out);
   for (int64_t m = 0; m < num_out; ++m)
-    for (int64_t n = 0; n < num_columns; ++n) out.push_back(torch::stable::empty_like(first_gradient(grads, n, num_columns, num_tasks)));
+    for (int64_t n = 0; n < num_columns; ++n)
+      out.push_back(torch::stable::empty_like(first_gradient(grads, n, num_columns, num_tasks)));
   return out;
 }
 
 /// out[m][n] = sum_k weights[n][m][k] * grads[k][n]; `weights` has one [num_out][num_tasks] table, or one per column.
-void run(const TensorList& grads, int64_t num_tasks, const std::vector<double>& weights, bool per_tensor, std::vector<Tensor>& out,
-         int64_t num_out) {
+void run(const TensorList& grads, int64_t num_tasks, const std::vector<double>& weights, bool per_tensor,
+         std::vector<Tensor>& out, int64_t num_out) {
   const Columns columns(grads, num_tasks, false, &out, num_out);
   if (columns.size() == 0 || num_out == 0) return;
   const int64_t table = num_out * num_tasks;
   require(int64_t(weights.size()) == table * (per_tensor ? columns.size() : 1), "weights has the wrong shape");
   int64_t result_bytes = 0;
-  for (int64_t n = 0; n < columns.size(); ++n) result_bytes += columns[n].layout.numel * cpu::element_size(columns[n].dtype) * num_out;
+  for (int64_t n = 0; n < columns.size(); ++n)
+    result_bytes += columns[n].layout.numel * cpu::element_size(columns[n].dtype) * num_out;
 
   std::vector<cpu::Output> outputs(columns.size());
   for (int64_t n = 0; n < columns.size(); ++n) {

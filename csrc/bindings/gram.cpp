@@ -59,7 +59,8 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
     for_each(int64_t(ranges.size()), columns.total_elements(), [&](int64_t i) {
       const auto [n, begin, end] = ranges[i];
       const int64_t rest = columns[n].layout.numel / columns.channels(n);
-      for (int64_t c = begin; c < end; ++c) gram(columns[n], int(num_left), c * rest, (c + 1) * rest, sums + (first_slot[n] + c) * block);
+      for (int64_t c = begin; c < end; ++c)
+        gram(columns[n], int(num_left), c * rest, (c + 1) * rest, sums + (first_slot[n] + c) * block);
     });
     if (num_left == num_rows) mirror(sums, first_slot.back(), num_left);
     return result;
@@ -82,7 +83,9 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
   return result;
 }
 
-Tensor gram_cpu(TensorList grads, int64_t num_tasks, std::string per) { return products(grads, num_tasks, num_tasks, num_tasks, per); }
+Tensor gram_cpu(TensorList grads, int64_t num_tasks, std::string per) {
+  return products(grads, num_tasks, num_tasks, num_tasks, per);
+}
 
 Tensor cross_gram_cpu(TensorList grads, TensorList other, int64_t num_tasks, int64_t num_other, std::string per) {
   grads.insert(grads.end(), other.begin(), other.end());

@@ -7,10 +7,10 @@
 
 namespace mtlkernels::cpu {
 
-#define MTL_DECLARE_KERNELS(isa)                                                                                \
-  namespace isa {                                                                                               \
-  void gram(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);                      \
-  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);     \
+#define MTL_DECLARE_KERNELS(isa)                                                                            \
+  namespace isa {                                                                                           \
+  void gram(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);                  \
+  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out); \
   }
 
 MTL_DECLARE_KERNELS(baseline)
@@ -50,4 +50,6 @@ const Kernels& kernels() {
 }  // namespace mtlkernels::cpu
 
 /// Name of the instruction set in use, for reports and tests.
-extern "C" __attribute__((visibility("default"))) const char* mtlkernels_cpu_capability() { return mtlkernels::cpu::kernels().name; }
+extern "C" __attribute__((visibility("default"))) const char* mtlkernels_cpu_capability() {
+  return mtlkernels::cpu::kernels().name;
+}

@@ -70,7 +70,8 @@ Sweep<T> pick_sweep(int rows) {
 
 /// out = sum of `num_rows` weighted rows over one block.
 template <typename T>
-void combine_block(const T* const* rows, const double* weights, int num_rows, int64_t count, double* sums, T* out, bool stream) {
+void combine_block(const T* const* rows, const double* weights, int num_rows, int64_t count, double* sums, T* out,
+                   bool stream) {
   if (num_rows == 0) {
     std::memset(out, 0, size_t(count) * sizeof(T));
     return;
@@ -78,9 +79,9 @@ void combine_block(const T* const* rows, const double* weights, int num_rows, in
   for (int r = 0; r < num_rows; r += kRows) {
     const bool first = r == 0, last = r + kRows >= num_rows;
     const int now = last ? num_rows - r : kRows;
-    const Sweep<T> run = !last   ? first ? pick_sweep<T, true, false, false>(now) : pick_sweep<T, false, false, false>(now)
-                         : first ? stream ? pick_sweep<T, true, true, true>(now) : pick_sweep<T, true, true, false>(now)
-                         : stream ? pick_sweep<T, false, true, true>(now)
+    const Sweep<T> run = !last    ? first ? pick_sweep<T, true, false, false>(now) : pick_sweep<T, false, false, false>(now)
+                            : first ? stream ? pick_sweep<T, true, true, true>(now) : pick_sweep<T, true, true, false>(now)
+                            : stream ? pick_sweep<T, false, true, true>(now)
                                   : pick_sweep<T, false, true, false>(now);
     run(rows + r, weights + r, count, sums, out);
   }

@@ -13,11 +13,12 @@ namespace {
 constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
 constexpr int64_t kBlockBytes = 24 * 1024;  // of all rows together, in half of a first-level cache
 
-// Terms of one float32 sum. Squares of bfloat16 values have few and uneven low bits, which long sums round away to one side: with 128
-// terms the norm of 7e7 such values is off by 1.4e-7, with 64 by 5e-8.
+// Terms of one float32 sum. Squares of bfloat16 values have few and uneven low bits, which long sums round away to one side:
+// with 128 terms the norm of 7e7 such values is off by 1.4e-7, with 64 by 5e-8.
 constexpr int64_t kTerms = 64;
 constexpr int64_t kLongestBlock = kTerms * kLanes<float>;
-constexpr int64_t kShortestBlock = kLongestBlock < 512 ? kLongestBlock : 512;  // many rows spill into the second-level cache instead
+constexpr int64_t kShortestBlock =
+    kLongestBlock < 512 ? kLongestBlock : 512;  // many rows spill into the second-level cache instead
 
 /// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b.
 template <typename T, int R, int C, bool Triangle>
@@ -112,8 +113,10 @@ class Gram {
         symmetric_(num_left == column.num_rows),
         element_bytes_(column.dtype == DType::float64 ? 8 : 4),
         block_(block_size()),
-        // Row pointers and indices, products of one block, sums of all blocks, and the blocks themselves in float64 at the widest.
-        scratch_((3 * size_t(column.num_rows)) * 8 + 2 * size_t(num_left_) * num_right_ * 8 + size_t(column.num_rows) * block_ * 8) {
+        // Row pointers and indices, products of one block, sums of all blocks, and the blocks themselves in float64 at the
+        // widest.
+        scratch_((3 * size_t(column.num_rows)) * 8 + 2 * size_t(num_left_) * num_right_ * 8 +
+                 size_t(column.num_rows) * block_ * 8) {
     products_ = scratch_.as<double>();
     totals_ = products_ + num_left_ * num_right_;
     index_ = reinterpret_cast<int64_t*>(totals_ + num_left_ * num_right_);
@@ -138,13 +141,15 @@ class Gram {
     }
     for (int i = 0; i < left; ++i)
       for (int j = symmetric_ ? i : 0; j < right; ++j)
-        sums[index_[i] * num_right_ + index_[symmetric_ ? j : left + j] - (symmetric_ ? 0 : num_left_)] += totals_[i * right + j];
+        sums[index_[i] * num_right_ + index_[symmetric_ ? j : left + j] - (symmetric_ ? 0 : num_left_)] +=
+            totals_[i * right + j];
   }
 
  private:
   int64_t block_size() const {
     const int64_t fitting = kBlockBytes / (element_bytes_ * column_.num_rows) / 64 * 64;
-    const int64_t longest = kLongestBlock * (column_.num_rows <= 2 ? 4 : 1);  // tiles of up to four pairs keep four sums of each
+    const int64_t longest =
+        kLongestBlock * (column_.num_rows <= 2 ? 4 : 1);  // tiles of up to four pairs keep four sums of each
     return fitting > longest ? longest : fitting < kShortestBlock ? kShortestBlock : fitting;
   }
 

@@ -42,8 +42,8 @@ struct Kernels {
   /// sums[num_left][num_rows - num_left]. With num_left == num_rows: of all rows with each other, upper triangle only.
   void (*gram)(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);
 
-  /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight is
-  /// exactly 0 is not read. A single output may be one of the rows.
+  /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight
+  /// is exactly 0 is not read. A single output may be one of the rows.
   void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
 };
 

@@ -59,7 +59,9 @@ inline void store(T* to, V value) {
   __builtin_memcpy(to, &value, sizeof(V));
 }
 
-inline DoubleVector load_as_double(const float* from) { return __builtin_convertvector(load<HalfFloatVector>(from), DoubleVector); }
+inline DoubleVector load_as_double(const float* from) {
+  return __builtin_convertvector(load<HalfFloatVector>(from), DoubleVector);
+}
 inline DoubleVector load_as_double(const double* from) { return load<DoubleVector>(from); }
 
 /// Stores past the caches; `to` is aligned to the stored vector's size.
@@ -254,8 +256,8 @@ inline void convert(const Float16* from, int64_t count, float* to) {
 }
 #endif
 
-/// Calls visit(offset, stride, run, at) for each run of the innermost dimension that covers logical elements [begin, begin + count):
-/// `run` elements `stride` apart from `offset` on, the first being element `at` of the range.
+/// Calls visit(offset, stride, run, at) for each run of the innermost dimension that covers logical elements [begin, begin +
+/// count): `run` elements `stride` apart from `offset` on, the first being element `at` of the range.
 template <typename Visit>
 inline void for_runs(const Layout& layout, const int64_t* strides, int64_t begin, int64_t count, const Visit& visit) {
   const int last = layout.dim - 1;
