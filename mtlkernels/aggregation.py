@@ -6,21 +6,7 @@ from typing import Literal, cast
 from torch import Tensor
 
 from .ops import Gradients, combine, gram
-from .weightings import Weighting, get_weighting
-
-
-def resolve_weighting(weighting: str | Weighting) -> Weighting:
-    """The weighting itself, or the one a registry string names.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: neither a string nor a :class:`Weighting`.
-    """
-    if isinstance(weighting, str):
-        return get_weighting(weighting)
-    if not isinstance(weighting, Weighting):
-        raise TypeError(f"weighting is a {type(weighting).__name__}; pass a Weighting or a registry string such as 'pcgrad'.")
-    return weighting
+from .weightings import Weighting, as_weighting
 
 
 def aggregate(
@@ -50,5 +36,4 @@ def aggregate(
     """
     if per not in ("model", "tensor"):
         raise ValueError(f'per is {per!r}; pass "model" or "tensor".')
-    module = resolve_weighting(weighting)
-    return combine(grads, module(cast(Tensor, gram(grads, per=per)), losses=losses), out)
+    return combine(grads, as_weighting(weighting)(cast(Tensor, gram(grads, per=per)), losses=losses), out)

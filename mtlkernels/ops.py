@@ -358,6 +358,13 @@ def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     return [[next(values) if n in kept else None for n in range(num_tensors)] for _ in range(coefficients.shape[0])]
 
 
+define(
+    "projection_coefficients(Tensor gram, Tensor order, bool conflict_only) -> Tensor",
+    fake=lambda gram, order, conflict_only: gram.new_empty(gram.shape),
+    reference=reference.projection_coefficients,
+)
+
+
 def project(
     grads: Gradients, onto: int | Sequence[Tensor | None] | None = None, conflict_only: bool = True
 ) -> list[list[Tensor | None]]:
@@ -382,17 +389,17 @@ def project(
     num_tasks = len(rows)
     names: list[str] | None = None
     if onto is None:
-        order: Sequence[int] = range(num_tasks)
+        first, steps = 0, num_tasks
     elif not isinstance(onto, Tensor | Sequence):
         if not isinstance(onto, int) or not -num_tasks <= onto < num_tasks:
             raise ValueError(
                 f"onto is {onto}; {num_tasks} tasks take an index from {-num_tasks} to {num_tasks - 1}, or N tensors."
             )
-        order = [onto % num_tasks]
+        first, steps = onto % num_tasks, 1
     else:
         names = [*(f"grads[{k}]" for k in range(num_tasks)), "onto"]
         rows = [*rows, [onto] if isinstance(onto, Tensor) else list(onto)]
-        order = [num_tasks]
+        first, steps = num_tasks, 1
         check_lengths(rows, names=names)
     try:
         matrix = cast(Tensor, gram(rows))
@@ -400,7 +407,8 @@ def project(
         check_gradients(rows[:num_tasks])
         check_gradients(rows, names=names)
         raise
-    return mix(rows, reference.projection_coefficients(matrix, order, conflict_only)[:num_tasks])
+    order = torch.arange(first, first + steps, device=matrix.device).expand(len(rows), steps)
+    return mix(rows, torch.ops.mtlkernels.projection_coefficients(matrix, order, conflict_only)[:num_tasks])
 
 
 # --- what a Gram tells --------------------------------------------------------------------------------------------------

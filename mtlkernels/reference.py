@@ -121,32 +121,34 @@ def _combine_column(column: Sequence[Tensor | None], weights: Tensor) -> Tensor:
     return torch.empty_like(model).copy_(total)
 
 
-def projection_coefficients(gram: Tensor, onto: Sequence[int], conflict_only: bool = True) -> Tensor:
-    """Coefficients C of successive projections: row i of C @ grads is g_i taken off g_j for each j in ``onto``, in that order.
+def projection_coefficients(gram: Tensor, order: Tensor, conflict_only: bool = True) -> Tensor:
+    """Coefficients C of successive projections: row i of C @ grads is g_i taken off g_j for each j in its order.
 
     PCGrad's recurrence (Yu et al. 2020, Algorithm 1) on coefficients: with c = e_i, for j != i: s = (c G)_j, and
-    c_j -= s / G_jj where s < 0. A g_j that is zero or not finite is skipped.
+    c_j -= s / G_jj where s < 0. A zero g_j is skipped. Only the gradients a row is made of are read, so that a NaN stays in
+    its own task.
 
     Args:
-        gram: [..., K, K].
-        onto: task indices to project off, in order.
+        gram: float64 [..., K, K].
+        order: int64 [..., K, S]: the tasks that each row is projected off, in order; a row skips itself.
         conflict_only: project only where the inner product is negative; otherwise always.
 
     Returns:
-        [..., K, K] in the Gram's dtype.
+        float64 [..., K, K].
     """
     num_tasks = gram.shape[-1]
     task = torch.arange(num_tasks, device=gram.device)
     coefficients = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand(gram.shape).clone()
-    for j in onto:
-        # A coefficient of 0 leaves its row out, so that a row that is not finite stays in its own result.
-        inner = torch.where(coefficients == 0, 0.0, coefficients * gram[..., :, j].unsqueeze(-2)).sum(-1)
-        square = gram[..., j, j].unsqueeze(-1)
-        moves = (square > 0) & square.isfinite() & (task != j)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    for onto in order.unbind(-1):  # [..., K]: the task that each row is taken off next
+        columns = gram.gather(-2, onto.unsqueeze(-1).expand(gram.shape))  # G is symmetric: row i holds G[onto[i], :]
+        inner = torch.where(coefficients == 0, 0.0, coefficients * columns).sum(-1)
+        square = squares.gather(-1, onto)
+        moves = (square > 0) & (onto != task)
         if conflict_only:
             moves = moves & (inner < 0)
         step = torch.where(moves, inner / torch.where(square > 0, square, 1.0), 0.0)
-        coefficients[..., j] -= step
+        coefficients.scatter_add_(-1, onto.unsqueeze(-1), -step.unsqueeze(-1))
     return coefficients
 
 
@@ -211,6 +213,8 @@ def condition_number(gram: Tensor) -> Tensor:
         [...], at least 1; inf where gradients are linearly dependent to working precision (lambda_min <= K eps lambda_max) or
         all zero; NaN where the Gram is not finite.
     """
+    if gram.shape[-1] == 0:
+        return gram.new_full(gram.shape[:-2], torch.inf)
     finite = gram.isfinite().all(-1).all(-1)
     eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None, None], gram, 0.0))
     smallest, largest = eigenvalues[..., 0], eigenvalues[..., -1]

@@ -19,51 +19,15 @@ ROUNDS = 3
 """Solves per problem: one, and proximal point steps."""
 
 
-# --- projections --------------------------------------------------------------------------------------------------------
-
-
-def projection_coefficients(gram: Tensor, order: Tensor, conflict_only: bool = True) -> Tensor:
-    """Coefficients C of successive projections: row i of C @ grads is g_i taken off g_j for each j in its order.
-
-    PCGrad's recurrence (Yu et al. 2020, Algorithm 1) on coefficients: with c = e_i, for j != i: s = (c G)_j, and
-    c_j -= s / G_jj where s < 0. A zero g_j is skipped. Only the gradients a row is made of are read, so that a NaN stays in
-    its own task.
-
-    Args:
-        gram: float64 [..., K, K].
-        order: int64 [..., K, S]: the tasks that each row is projected off, in order; a row skips itself.
-        conflict_only: project only where the inner product is negative; otherwise always.
-
-    Returns:
-        float64 [..., K, K].
-    """
-    num_tasks = gram.shape[-1]
-    task = torch.arange(num_tasks, device=gram.device)
-    coefficients = torch.eye(num_tasks, dtype=gram.dtype, device=gram.device).expand(gram.shape).clone()
-    squares = gram.diagonal(dim1=-2, dim2=-1)
-    for onto in order.unbind(-1):  # [..., K]: the task that each row is taken off next
-        columns = gram.gather(-2, onto.unsqueeze(-1).expand(gram.shape))  # G is symmetric: row i holds G[onto[i], :]
-        inner = torch.where(coefficients == 0, 0.0, coefficients * columns).sum(-1)
-        square = squares.gather(-1, onto)
-        moves = (square > 0) & (onto != task)
-        if conflict_only:
-            moves = moves & (inner < 0)
-        step = torch.where(moves, inner / torch.where(square > 0, square, 1.0), 0.0)
-        coefficients.scatter_add_(-1, onto.unsqueeze(-1), -step.unsqueeze(-1))
-    return coefficients
+# --- PCGrad --------------------------------------------------------------------------------------------------------
 
 
 def _pcgrad_weights_reference(gram: Tensor, seed: Tensor) -> Tensor:
     num_tasks = gram.shape[-1]
     order = random_orders(seed, gram.shape[:-2].numel(), num_tasks).view(gram.shape)
-    return projection_coefficients(gram, order).sum(-2)
+    return reference.projection_coefficients(gram, order).sum(-2)
 
 
-define(
-    "projection_coefficients(Tensor gram, Tensor order, bool conflict_only) -> Tensor",
-    fake=lambda gram, order, conflict_only: gram.new_empty(gram.shape),
-    reference=projection_coefficients,
-)
 define(
     "pcgrad_weights(Tensor gram, Tensor seed) -> Tensor",
     fake=lambda gram, seed: gram.new_empty(gram.shape[:-1]),

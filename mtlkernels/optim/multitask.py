@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..distributed import check_single_process
 from ..gradients import SOURCES, Rows, Source, add_to_grad, check_graph, combine_own, task_gradients, update_buffers
-from ..weightings import Weighting, get_weighting
+from ..weightings import Weighting, as_weighting
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, order_losses, task_names
 from .roles import Roles, Task
@@ -66,9 +66,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         mesh: object = None,
     ) -> None:
         super().__init__(optimizer)
-        weighting = get_weighting(weighting) if isinstance(weighting, str) else weighting
-        if not isinstance(weighting, Weighting):
-            raise ValueError(f"weighting is a {type(weighting).__name__}; pass a Weighting or its name, for example 'mean'.")
+        weighting = as_weighting(weighting)
         for name, value, known in (
             ("per", per, ("model", "tensor")),
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),

@@ -39,4 +39,17 @@ def get_weighting(name: str, **options: Any) -> Weighting:
         raise ValueError(f"weighting {name!r} does not take {options or 'no options'}: {error}.") from error
 
 
+def as_weighting(weighting: str | Weighting) -> Weighting:
+    """The weighting itself, or the one that a registry string names.
+
+    Raises:
+        ValueError: an unknown name, or neither a string nor a :class:`Weighting`.
+    """
+    if isinstance(weighting, str):
+        return get_weighting(weighting)
+    if not isinstance(weighting, Weighting):
+        raise ValueError(f"weighting is a {type(weighting).__name__}; pass a Weighting or its name, for example 'pcgrad'.")
+    return weighting
+
+
 __all__ = ["MGDA", "CAGrad", "Constant", "Mean", "PCGrad", "Sum", "Weighting"]
