@@ -19,23 +19,25 @@ REFERENCES: dict[str, Callable[..., Any]] = {}
 """Op name -> reference implementation with the op's own signature."""
 
 
-def _load() -> tuple[bool, str]:
-    """Loads ``_C``; returns whether it is there and, if not, why and what to do."""
-    reason = os.environ.get("MTLKERNELS_DISABLE_C", "")
-    if reason not in ("", "0"):
-        return False, "switched off by the environment variable MTLKERNELS_DISABLE_C"
-    library = next(PACKAGE.glob("_C.abi3.*"), None) or next(PACKAGE.glob("_C.*so"), None)
+def _load(name: str, problem: str | None) -> tuple[bool, str]:
+    """Loads a compiled library unless there is a ``problem``; returns whether it is there, and its path or why it is not."""
+    if os.environ.get("MTLKERNELS_DISABLE_C", "0") not in ("", "0"):
+        problem = "switched off by the environment variable MTLKERNELS_DISABLE_C"
+    library = next(PACKAGE.glob(f"{name}.abi3.*so"), None)
     if library is None:
         note = PACKAGE / "_build.json"
-        built = json.loads(note.read_text()) if note.exists() else {}
-        return False, built.get(
-            "cpu", "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)"
-        )
+        notes = json.loads(note.read_text()) if note.exists() else {}
+        problem = notes.get(name, "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)")
+    if problem is not None:
+        return False, problem
     torch.ops.load_library(str(library))
     return True, str(library)
 
 
-HAS_CPU_LIBRARY, CPU_LIBRARY = _load()
+HAS_CPU_LIBRARY, CPU_LIBRARY = _load("_C", None)
+HAS_CUDA_LIBRARY, CUDA_LIBRARY = _load(
+    "_C_cuda", None if torch.version.cuda else "built, but this torch has no CUDA; install a CUDA build of torch to use it"
+)
 
 
 def define(

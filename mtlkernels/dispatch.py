@@ -18,7 +18,7 @@ _forced: list[str] = []  # the innermost use_backend comes last
 
 
 def backend(op: str, device_type: str) -> str:
-    """Backend an op uses now: ``"cpp"`` for the compiled kernels, ``"reference"`` for PyTorch.
+    """Backend an op uses now: ``"cpp"`` or ``"cuda"`` for compiled kernels, ``"reference"`` for PyTorch.
 
     Args:
         op: the op's name, a key of ``torch.ops.mtlkernels``.
@@ -31,8 +31,9 @@ def backend(op: str, device_type: str) -> str:
         raise ValueError(f"op {op!r} is unknown; known are {', '.join(sorted(REFERENCES))}.")
     if _forced and device_type == "cpu":
         return _forced[-1]
-    key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type, "PrivateUse1")
-    return "cpp" if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", key) else "reference"
+    compiled = {"cpu": "cpp", "cuda": "cuda"}.get(device_type)
+    there = compiled and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", device_type.upper())
+    return compiled if compiled and there else "reference"
 
 
 @contextmanager

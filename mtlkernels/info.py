@@ -131,10 +131,12 @@ def _output(command: list[str]) -> str:
 
 
 def _libraries() -> list[tuple[str, str]]:
-    cpu = f"loaded from {_library.CPU_LIBRARY}" if _library.HAS_CPU_LIBRARY else f"not loaded: {_library.CPU_LIBRARY}"
     lines = [
-        ("_C (CPU kernels)", cpu),
-        ("_C_cuda (GPU kernels)", "none in this version: on a GPU the ops run their PyTorch reference"),
+        (name, f"loaded from {place}" if there else f"not loaded: {place}")
+        for name, there, place in (
+            ("_C (CPU kernels)", _library.HAS_CPU_LIBRARY, _library.CPU_LIBRARY),
+            ("_C_cuda (CUDA kernels)", _library.HAS_CUDA_LIBRARY, _library.CUDA_LIBRARY),
+        )
     ]
     settings = {name: value for name, value in os.environ.items() if name.startswith("MTLKERNELS_")}
     lines += [(name, repr(value)) for name, value in sorted(settings.items())]

@@ -11,24 +11,25 @@ struct View {
   void* data;
   const int64_t *sizes, *strides;
   int64_t dim, numel;
-  cpu::DType dtype;
+  DType dtype;
+  int32_t device_type, device_index;
 };
 
-cpu::DType kernel_dtype(int32_t dtype, int64_t task, int64_t tensor) {
-  if (dtype == aoti_torch_dtype_float32()) return cpu::DType::float32;
-  if (dtype == aoti_torch_dtype_bfloat16()) return cpu::DType::bfloat16;
-  if (dtype == aoti_torch_dtype_float16()) return cpu::DType::float16;
+DType kernel_dtype(int32_t dtype, int64_t task, int64_t tensor) {
+  if (dtype == aoti_torch_dtype_float32()) return DType::float32;
+  if (dtype == aoti_torch_dtype_bfloat16()) return DType::bfloat16;
+  if (dtype == aoti_torch_dtype_float16()) return DType::float16;
   require(dtype == aoti_torch_dtype_float64(), "dtype is none of float32, bfloat16, float16, float64", task, tensor);
-  return cpu::DType::float64;
+  return DType::float64;
 }
 
 View view(const Tensor& tensor, int64_t task, int64_t n) {
   View v;
   AtenTensorHandle handle = tensor.get();
-  int32_t dtype = 0, device = 0;
+  int32_t dtype = 0;
   int64_t *sizes = nullptr, *strides = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
-  require(device == aoti_torch_device_type_cpu(), "tensor is not on the CPU", task, n);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &v.device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &v.device_index));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &v.data));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &v.dim));
@@ -118,6 +119,11 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
     const bool same_shape = first.dim == now.dim && std::equal(first.sizes, first.sizes + first.dim, now.sizes);
     require(same_shape, "shape differs from the tensor's first gradient", k, n);
     require(first.dtype == now.dtype, "dtype differs from the tensor's first gradient", k, n);
+    if (device_type_ < 0) {
+      device_type_ = now.device_type;
+      device_index_ = now.device_index;
+    }
+    require(now.device_type == device_type_ && now.device_index == device_index_, "is on another device than the first", k, n);
     if (is_out) {
       outputs_[n * num_out_ + k - num_tasks] = now.data;
     } else {
@@ -125,7 +131,7 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
     }
     present.push_back(k);
   }
-  cpu::Column column{rows_.data() + n * num_tasks, nullptr, int(num_tasks), cpu::DType::float32, {0, 0, nullptr}};
+  cpu::Column column{rows_.data() + n * num_tasks, nullptr, int(num_tasks), DType::float32, {0, 0, nullptr}};
   if (!views.empty()) {
     const View& first = views.front();
     column.dtype = first.dtype;
@@ -182,14 +188,15 @@ Tensor zeros(const std::vector<int64_t>& shape) {
 
 std::vector<double> read_matrix(const Tensor& tensor, const char* what) {
   const View v = view(tensor, -1, -1);
-  require(v.dim <= 2 && (v.dtype == cpu::DType::float64 || v.dtype == cpu::DType::float32), what);
+  require(v.device_type == aoti_torch_device_type_cpu(), what);
+  require(v.dim <= 2 && (v.dtype == DType::float64 || v.dtype == DType::float32), what);
   const int64_t columns = v.dim > 0 ? v.sizes[v.dim - 1] : 1, rows = v.dim == 2 ? v.sizes[0] : 1;
   std::vector<double> values(rows * columns);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const int64_t at = (v.dim == 2 ? i * v.strides[0] : 0) + (v.dim > 0 ? j * v.strides[v.dim - 1] : 0);
       values[i * columns + j] =
-          v.dtype == cpu::DType::float64 ? static_cast<const double*>(v.data)[at] : static_cast<const float*>(v.data)[at];
+          v.dtype == DType::float64 ? static_cast<const double*>(v.data)[at] : static_cast<const float*>(v.data)[at];
     }
   }
   return values;

@@ -40,6 +40,8 @@ class Columns {
   /// Rows of the tensor viewed as [out, rest]; 0 where no task has a gradient.
   int64_t channels(int64_t n) const { return channels_[n]; }
   int64_t total_elements() const { return total_elements_; }
+  /// Index of the device that all tensors are on.
+  int32_t device_index() const { return device_index_; }
 
  private:
   void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,
@@ -53,6 +55,7 @@ class Columns {
   std::vector<std::vector<int64_t>> sizes_, strides_;  // of columns that are not flat
   std::vector<std::vector<const int64_t*>> stride_tables_;
   int64_t num_out_ = 0, total_elements_ = 0;
+  int32_t device_type_ = -1, device_index_ = -1;
 };
 
 /// Elements [begin, end) of one column.

@@ -1,14 +1,11 @@
-// combine, combine_ and mix on the CPU: chunks of every column in parallel, results where the caller wants them.
+// Allocates results, and keeps results aside whose buffers share memory with what is still to be read.
+
+#include "combine.h"
 
 #include <algorithm>
 
-#include "columns.h"
-
 namespace mtlkernels {
 namespace {
-
-/// Results of at least this many bytes are stored past the caches: more than a second-level cache keeps.
-constexpr int64_t kStreamBytes = 8 << 20;
 
 Tensor first_gradient(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks) {
   for (int64_t k = 0; k < num_tasks; ++k)
@@ -26,33 +23,6 @@ std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int6
     for (int64_t n = 0; n < num_columns; ++n)
       out.push_back(torch::stable::empty_like(first_gradient(grads, n, num_columns, num_tasks)));
   return out;
-}
-
-/// out[m][n] = sum_k weights[n][m][k] * grads[k][n]; `weights` has one [num_out][num_tasks] table, or one per column.
-void run(const TensorList& grads, int64_t num_tasks, const std::vector<double>& weights, bool per_tensor,
-         std::vector<Tensor>& out, int64_t num_out) {
-  const Columns columns(grads, num_tasks, false, &out, num_out);
-  if (columns.size() == 0 || num_out == 0) return;
-  const int64_t table = num_out * num_tasks;
-  require(int64_t(weights.size()) == table * (per_tensor ? columns.size() : 1), "weights has the wrong shape");
-  int64_t result_bytes = 0;
-  for (int64_t n = 0; n < columns.size(); ++n)
-    result_bytes += columns[n].layout.numel * cpu::element_size(columns[n].dtype) * num_out;
-
-  std::vector<cpu::Output> outputs(columns.size());
-  for (int64_t n = 0; n < columns.size(); ++n) {
-    outputs[n] = columns.output(n);
-    bool in_place = false;
-    for (int64_t m = 0; m < num_out; ++m)
-      for (int64_t k = 0; k < num_tasks; ++k) in_place |= outputs[n].rows[m] == columns[n].rows[k];
-    outputs[n].stream = result_bytes >= kStreamBytes && !in_place;
-  }
-  const std::vector<Piece> pieces = cut(columns);
-  const auto combine = cpu::kernels().combine;
-  for_each(int64_t(pieces.size()), columns.total_elements(), [&](int64_t p) {
-    const auto [n, begin, end] = pieces[p];
-    combine(columns[n], weights.data() + (per_tensor ? n * table : 0), begin, end, outputs[n]);
-  });
 }
 
 /// The bytes from a tensor's first to its last element.
@@ -142,39 +112,34 @@ int64_t last_size(const Tensor& weights) {
   return weights.size(weights.dim() - 1);
 }
 
-constexpr const char* kWeightsKind = "weights is not float32 or float64";
+}  // namespace
 
-std::vector<Tensor> combine_cpu(TensorList grads, Tensor weights) {
+std::vector<Tensor> combine(const TensorList& grads, const Tensor& weights, RunCombine run) {
   const int64_t num_tasks = last_size(weights);
   std::vector<Tensor> out = new_results(grads, num_tasks, 1);
-  run(grads, num_tasks, read_matrix(weights, kWeightsKind), weights.dim() == 2, out, 1);
+  run(grads, num_tasks, weights, weights.dim() == 2, out, 1);
   return out;
 }
 
-void combine_inplace_cpu(std::vector<Tensor> out, TensorList grads, Tensor weights) {
+void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const Tensor& weights, RunCombine run) {
   const int64_t num_tasks = last_size(weights), num_columns = int64_t(out.size());
   require(num_tasks > 0 && int64_t(grads.size()) == num_tasks * num_columns, "out has the wrong number of tensors");
   std::vector<Tensor> targets = out;
   const std::vector<int64_t> aside = entangled(out, grads, num_tasks);
   for (int64_t n : aside) targets[n] = torch::stable::empty_like(out[n]);
-  run(grads, num_tasks, read_matrix(weights, kWeightsKind), weights.dim() == 2, targets, 1);
-  for (int64_t n : aside) torch::stable::copy_(out[n], targets[n]);
+  run(grads, num_tasks, weights, weights.dim() == 2, targets, 1);
+  for (int64_t n : aside) {
+    Tensor target = out[n];
+    torch::stable::copy_(target, targets[n]);
+  }
 }
 
-std::vector<Tensor> mix_cpu(TensorList grads, Tensor coefficients) {
+std::vector<Tensor> mix(const TensorList& grads, const Tensor& coefficients, RunCombine run) {
   require(coefficients.dim() == 2, "coefficients is not [M, K]");
   const int64_t num_out = coefficients.size(0), num_tasks = coefficients.size(1);
   std::vector<Tensor> out = new_results(grads, num_tasks, num_out);
-  run(grads, num_tasks, read_matrix(coefficients, "coefficients is not float32 or float64"), false, out, num_out);
+  run(grads, num_tasks, coefficients, false, out, num_out);
   return out;
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("combine", TORCH_BOX(&combine_cpu));
-  m.impl("combine_", TORCH_BOX(&combine_inplace_cpu));
-  m.impl("mix", TORCH_BOX(&mix_cpu));
 }
 
 }  // namespace mtlkernels

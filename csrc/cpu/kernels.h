@@ -4,11 +4,9 @@
 
 #include <cstdint>
 
+#include "../common/numeric.h"
+
 namespace mtlkernels::cpu {
-
-enum class DType : int { float32, bfloat16, float16, float64 };
-
-inline int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 /// The elements of a tensor in logical (row-major) order, or of several tensors that share `sizes`.
 /// Adjacent dimensions are merged and dimensions of size 1 dropped by the caller where the strides of all rows allow it.

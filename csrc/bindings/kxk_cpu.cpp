@@ -1,7 +1,5 @@
 // The K x K stage on the CPU: a loop over the problems of a batch around the functions of common/kxk.h.
 
-#include "../common/kxk.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/kxk.h"
 #include "../common/philox.h"
 
 namespace mtlkernels {

@@ -1,0 +1,52 @@
+// combine, combine_ and mix on the CPU: chunks of every column in parallel, results where the caller wants them.
+
+#include "combine.h"
+
+namespace mtlkernels {
+namespace {
+
+/// Results of at least this many bytes are stored past the caches: more than a second-level cache keeps.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool per_tensor, std::vector<Tensor>& out,
+         int64_t num_out) {
+  const Columns columns(grads, num_tasks, false, &out, num_out);
+  if (columns.size() == 0 || num_out == 0) return;
+  const int64_t table = num_out * num_tasks;
+  const std::vector<double> values = read_matrix(weights, "weights is not float32 or float64 on the CPU");
+  require(int64_t(values.size()) == table * (per_tensor ? columns.size() : 1), "weights has the wrong shape");
+  int64_t result_bytes = 0;
+  for (int64_t n = 0; n < columns.size(); ++n)
+    result_bytes += columns[n].layout.numel * element_size(columns[n].dtype) * num_out;
+
+  std::vector<cpu::Output> outputs(columns.size());
+  for (int64_t n = 0; n < columns.size(); ++n) {
+    outputs[n] = columns.output(n);
+    bool in_place = false;
+    for (int64_t m = 0; m < num_out; ++m)
+      for (int64_t k = 0; k < num_tasks; ++k) in_place |= outputs[n].rows[m] == columns[n].rows[k];
+    outputs[n].stream = result_bytes >= kStreamBytes && !in_place;
+  }
+  const std::vector<Piece> pieces = cut(columns);
+  const auto combine = cpu::kernels().combine;
+  for_each(int64_t(pieces.size()), columns.total_elements(), [&](int64_t p) {
+    const auto [n, begin, end] = pieces[p];
+    combine(columns[n], values.data() + (per_tensor ? n * table : 0), begin, end, outputs[n]);
+  });
+}
+
+std::vector<Tensor> combine_cpu(TensorList grads, Tensor weights) { return combine(grads, weights, run); }
+
+void combine_inplace_cpu(std::vector<Tensor> out, TensorList grads, Tensor weights) { combine_into(out, grads, weights, run); }
+
+std::vector<Tensor> mix_cpu(TensorList grads, Tensor coefficients) { return mix(grads, coefficients, run); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
+  m.impl("combine", TORCH_BOX(&combine_cpu));
+  m.impl("combine_", TORCH_BOX(&combine_inplace_cpu));
+  m.impl("mix", TORCH_BOX(&mix_cpu));
+}
+
+}  // namespace mtlkernels

@@ -1,0 +1,85 @@
+#pragma once
+// How a list of tensors is laid out for a GPU launch: a table of pointers that travels in the kernel's arguments, and the chunk
+// of one tensor that each block works on. Plain C++ for host and device; no torch, no CUDA headers.
+
+#include <cstdint>
+#include <vector>
+
+#if defined(__CUDACC__)
+#define MTL_DEVICE_HOST __device__ __host__
+#else
+#define MTL_DEVICE_HOST
+#endif
+
+namespace mtlkernels {
+
+constexpr int kArgumentBytes = 32764;  // of one kernel, from sm_70 and CUDA 12.1 on
+constexpr int kOtherArguments = 60;    // what a kernel may take besides the table
+constexpr int kTableHeader = 16;
+constexpr int kTableBytes = (kArgumentBytes - kOtherArguments - kTableHeader) / 8 * 8;
+
+/// Elements of a chunk, the work of one block: four kilobytes a row and warp of a block of 256 threads, and a multiple of every
+/// vector.
+constexpr int32_t kDeviceChunk = 8192;
+
+/// The tensors of one launch. For each: its pointers (what they are, the kernel says; null where there is none), its number of
+/// elements, and the first block that works on it.
+struct TensorTable {
+  int32_t num_tensors;
+  int32_t num_pointers;  // of each tensor
+  int32_t first_tensor;  // the launch's first tensor in the whole list
+  int32_t first_block;   // the launch's first block in the whole list
+  alignas(8) unsigned char bytes[kTableBytes];
+
+  static constexpr int capacity(int num_pointers) { return (kTableBytes - 4) / (8 * num_pointers + 12); }
+
+  MTL_DEVICE_HOST void* const* pointers(int tensor) const {
+    return reinterpret_cast<void* const*>(bytes) + int64_t(tensor) * num_pointers;
+  }
+  MTL_DEVICE_HOST const int64_t* numel() const {
+    return reinterpret_cast<const int64_t*>(bytes + int64_t(num_tensors) * num_pointers * 8);
+  }
+  /// [num_tensors + 1], from 0.
+  MTL_DEVICE_HOST const int32_t* block_offsets() const { return reinterpret_cast<const int32_t*>(numel() + num_tensors); }
+};
+
+static_assert(sizeof(TensorTable) + kOtherArguments <= kArgumentBytes, "the table must fit in a kernel's arguments");
+
+/// The part of one tensor that a block works on.
+struct Chunk {
+  int tensor;  // within the launch
+  int64_t begin, end;
+};
+
+/// The chunk of block `block` of a launch: a binary search for its tensor.
+MTL_DEVICE_HOST inline Chunk find_chunk(const TensorTable& table, int block, int32_t chunk_size = kDeviceChunk) {
+  const int32_t* offsets = table.block_offsets();
+  int low = 0, high = table.num_tensors - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (offsets[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const int64_t begin = int64_t(block - offsets[low]) * chunk_size, numel = table.numel()[low];
+  return {low, begin, begin + chunk_size < numel ? begin + chunk_size : numel};
+}
+
+/// A tensor as the plan sees it: pointers [num_pointers] and its elements. Tensors without elements are left out by the caller.
+struct PlannedTensor {
+  void* const* pointers;
+  int64_t numel;
+};
+
+struct Launch {
+  TensorTable table;
+  int num_blocks;
+};
+
+/// The launches that cover all tensors, ceil(N (8 num_pointers + 12) / kTableBytes) of them.
+std::vector<Launch> plan_launches(const std::vector<PlannedTensor>& tensors, int num_pointers,
+                                  int32_t chunk_size = kDeviceChunk);
+
+}  // namespace mtlkernels

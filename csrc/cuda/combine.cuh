@@ -1,0 +1,144 @@
+#pragma once
+// Weighted sums of task gradients: out[e] = sum_k w_k g_k[e], each row read once, the result written once.
+//
+// The weights stay on the device. Sums are float32 (float64 for float64 gradients, and where a weight leaves float32's range)
+// in the order of k, rounded once. A row whose weight is exactly 0 is not read. The result may be one of the rows.
+
+#include "../common/launch_plan.h"
+#include "vec.cuh"
+
+namespace mtlkernels {
+
+constexpr int kCombineThreads = 256;
+
+/// What a tensor's pointers mean: a gradient per task, the result, the task weights (float64).
+struct CombineArguments {
+  void* const* pointers;
+  int num_rows;
+
+  __device__ CombineArguments(const TensorTable& table, int tensor)
+      : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 2) {}
+  __device__ double weight(int k) const { return k < num_rows ? static_cast<const double*>(pointers[num_rows + 1])[k] : 0.0; }
+  /// Row k; null where it is absent or has weight 0.
+  template <typename T>
+  __device__ const T* row(int k) const {
+    return weight(k) != 0 ? static_cast<const T*>(pointers[k]) : nullptr;
+  }
+  template <typename T>
+  __device__ T* result() const {
+    return static_cast<T*>(pointers[num_rows]);
+  }
+};
+
+/// K consecutive rows with their weights, in registers.
+template <typename T, int K, typename S>
+struct RowGroup {
+  const T* rows[K];
+  S weights[K];
+
+  __device__ RowGroup(const CombineArguments& from, int first) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      rows[k] = from.row<T>(first + k);
+      weights[k] = S(from.weight(first + k));
+    }
+  }
+
+  __device__ void add_vector(int64_t e, S (&sums)[kLanes<T>]) const {
+    Packed<T> packed[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (rows[k])
+        packed[k].raw = *reinterpret_cast<const uint4*>(rows[k] + e);  // not through the read-only cache: may be the result
+#pragma unroll
+    for (int lane = 0; lane < kLanes<T>; ++lane)
+#pragma unroll
+      for (int k = 0; k < K; ++k)
+        if (rows[k]) sums[lane] += weights[k] * S(widen(packed[k].values[lane]));
+  }
+
+  __device__ void add_element(int64_t e, S& sum) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (rows[k]) sum += weights[k] * S(widen(rows[k][e]));
+  }
+};
+
+/// Rows in groups of 8, taken up anew for every vector: for more rows than stay in registers.
+template <typename T, typename S>
+struct ManyRows {
+  const CombineArguments& arguments;
+
+  __device__ explicit ManyRows(const CombineArguments& from, int) : arguments(from) {}
+
+  __device__ void add_vector(int64_t e, S (&sums)[kLanes<T>]) const {
+#pragma unroll 1
+    for (int k = 0; k < arguments.num_rows; k += 8) RowGroup<T, 8, S>(arguments, k).add_vector(e, sums);
+  }
+
+  __device__ void add_element(int64_t e, S& sum) const {
+#pragma unroll 1
+    for (int k = 0; k < arguments.num_rows; k += 8) RowGroup<T, 8, S>(arguments, k).add_element(e, sum);
+  }
+};
+
+template <typename T, typename S, typename Rows>
+__device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int64_t begin, int64_t end) {
+  const Rows rows(arguments, 0);
+  T* out = arguments.result<T>();
+  const int64_t vectors = aligned ? (end - begin) / kLanes<T> : 0;
+#pragma unroll 1
+  for (int64_t v = threadIdx.x; v < vectors; v += kCombineThreads) {
+    const int64_t e = begin + v * kLanes<T>;
+    S sums[kLanes<T>] = {};
+    rows.add_vector(e, sums);
+    Packed<T> packed;
+#pragma unroll
+    for (int lane = 0; lane < kLanes<T>; ++lane) narrow(Sum<T>(sums[lane]), packed.values[lane]);
+    *reinterpret_cast<uint4*>(out + e) = packed.raw;
+  }
+#pragma unroll 1
+  for (int64_t e = begin + vectors * kLanes<T> + threadIdx.x; e < end; e += kCombineThreads) {
+    S sum = 0;
+    rows.add_element(e, sum);
+    narrow(Sum<T>(sum), out[e]);
+  }
+}
+
+/// In float64, element by element: for weights that float32 cannot hold. Rare, so small rather than fast.
+template <typename T>
+__device__ void combine_wide(const CombineArguments& arguments, int64_t begin, int64_t end) {
+#pragma unroll 1
+  for (int64_t e = begin + threadIdx.x; e < end; e += kCombineThreads) {
+    double sum = 0;
+#pragma unroll 1
+    for (int k = 0; k < arguments.num_rows; ++k) {
+      const T* row = arguments.row<T>(k);
+      if (row) sum += arguments.weight(k) * double(widen(row[e]));
+    }
+    narrow(Sum<T>(sum), arguments.result<T>()[e]);
+  }
+}
+
+/// One block per chunk of kDeviceChunk elements. K is the class of the number of rows: 1, 2, 3, 4, 8, or 64 for any number.
+template <typename T, int K>
+__global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant__ TensorTable table) {
+  const Chunk chunk = find_chunk(table, blockIdx.x);
+  const CombineArguments arguments(table, chunk.tensor);
+  bool aligned = is_aligned(arguments.result<T>()), wide = false;
+  for (int k = 0; k < arguments.num_rows; ++k) {
+    const T* row = arguments.row<T>(k);
+    const double size = fabs(arguments.weight(k));
+    aligned &= is_aligned(row);
+    wide |= row && !(size > 0x1p-100 && size < 0x1p100);
+  }
+  if (sizeof(Sum<T>) == 4 && wide) {
+    combine_wide<T>(arguments, chunk.begin, chunk.end);
+  } else if constexpr (K <= 8) {
+    combine_chunk<T, Sum<T>, RowGroup<T, K, Sum<T>>>(arguments, aligned, chunk.begin, chunk.end);
+  } else {
+    combine_chunk<T, Sum<T>, ManyRows<T, Sum<T>>>(arguments, aligned, chunk.begin, chunk.end);
+  }
+}
+
+}  // namespace mtlkernels

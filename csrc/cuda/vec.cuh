@@ -1,0 +1,63 @@
+#pragma once
+// Gradient elements in registers: 16 bytes a load, float (double for float64) in arithmetic.
+
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace mtlkernels {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename T>
+constexpr int kLanes = 16 / int(sizeof(T));
+
+/// What products and short sums of a T are computed in.
+template <typename T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <typename T>
+using Sum = typename SumOf<T>::type;
+
+__device__ inline float widen(float value) { return value; }
+__device__ inline double widen(double value) { return value; }
+__device__ inline float widen(__half value) { return __half2float(value); }
+__device__ inline float widen(BFloat16 value) { return __uint_as_float(uint32_t(value.bits) << 16); }
+
+__device__ inline void narrow(float value, float& to) { to = value; }
+__device__ inline void narrow(double value, double& to) { to = value; }
+__device__ inline void narrow(float value, __half& to) { to = __float2half_rn(value); }
+__device__ inline void narrow(float value, BFloat16& to) {
+  const uint32_t bits = __float_as_uint(value);
+  to.bits = isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+/// 16 bytes of Ts.
+template <typename T>
+union Packed {
+  uint4 raw;
+  T values[kLanes<T>];
+  __device__ Packed() : raw{0, 0, 0, 0} {}
+};
+
+/// Loads 16 bytes that nothing writes during the kernel; `from` is 16-byte aligned.
+template <typename T>
+__device__ inline Packed<T> load_packed(const T* from) {
+  Packed<T> packed;
+  packed.raw = __ldg(reinterpret_cast<const uint4*>(from));
+  return packed;
+}
+
+template <typename T>
+__device__ inline bool is_aligned(const T* pointer) {
+  return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;
+}
+
+}  // namespace mtlkernels
