@@ -64,7 +64,7 @@ struct RowGroup {
   }
 };
 
-/// Rows in groups of 8, taken up anew for every vector: for more rows than stay in registers.
+/// Rows in groups of 4, taken up anew for every vector: for more rows than stay in registers.
 template <typename T, typename S>
 struct ManyRows {
   const CombineArguments& arguments;
@@ -73,12 +73,12 @@ struct ManyRows {
 
   __device__ void add_vector(int64_t e, S (&sums)[kLanes<T>]) const {
 #pragma unroll 1
-    for (int k = 0; k < arguments.num_rows; k += 8) RowGroup<T, 8, S>(arguments, k).add_vector(e, sums);
+    for (int k = 0; k < arguments.num_rows; k += 4) RowGroup<T, 4, S>(arguments, k).add_vector(e, sums);
   }
 
   __device__ void add_element(int64_t e, S& sum) const {
 #pragma unroll 1
-    for (int k = 0; k < arguments.num_rows; k += 8) RowGroup<T, 8, S>(arguments, k).add_element(e, sum);
+    for (int k = 0; k < arguments.num_rows; k += 4) RowGroup<T, 4, S>(arguments, k).add_element(e, sum);
   }
 };
 

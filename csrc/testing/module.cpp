@@ -1,0 +1,48 @@
+// What tests see of the launch plan: the packed kernel arguments, byte for byte as the launchers pass them. Never installed.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "../common/launch_plan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using mtlkernels::TensorTable;
+
+/// [(the packed table, blocks)] for tensors given by their pointers and sizes.
+std::vector<std::pair<py::bytes, int>> plan(const std::vector<std::vector<uint64_t>>& pointers, const std::vector<int64_t>& sizes,
+                                            int num_pointers) {
+  std::vector<std::vector<void*>> rows;
+  for (const auto& tensor : pointers) {
+    std::vector<void*>& row = rows.emplace_back();
+    for (uint64_t pointer : tensor) row.push_back(reinterpret_cast<void*>(pointer));
+  }
+  std::vector<mtlkernels::PlannedTensor> tensors;
+  for (size_t n = 0; n < rows.size(); ++n) tensors.push_back({rows[n].data(), sizes[n]});
+  std::vector<std::pair<py::bytes, int>> result;
+  for (const mtlkernels::Launch& launch : mtlkernels::plan_launches(tensors, num_pointers))
+    result.emplace_back(py::bytes(reinterpret_cast<const char*>(&launch.table), sizeof(TensorTable)), launch.num_blocks);
+  return result;
+}
+
+/// (tensor, begin, end) of a block's chunk.
+std::tuple<int, int64_t, int64_t> chunk_of_block(const std::string& table, int block) {
+  TensorTable copy;
+  std::memcpy(static_cast<void*>(&copy), table.data(), sizeof(TensorTable));
+  const mtlkernels::Chunk chunk = mtlkernels::find_chunk(copy, block);
+  return {chunk.tensor, chunk.begin, chunk.end};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(mtlkernels_testing, m) {
+  m.def("plan", &plan);
+  m.def("chunk_of_block", [](const py::bytes& table, int block) { return chunk_of_block(table, block); });
+  m.def("capacity", &TensorTable::capacity);
+  m.attr("CHUNK") = mtlkernels::kDeviceChunk;
+  m.attr("TABLE_BYTES") = sizeof(TensorTable);
+}
