@@ -22,12 +22,13 @@ REFERENCES: dict[str, Callable[..., Any]] = {}
 def _load(name: str, problem: str | None) -> tuple[bool, str]:
     """Loads a compiled library unless there is a ``problem``; returns whether it is there, and its path or why it is not."""
     if os.environ.get("MTLKERNELS_DISABLE_C", "0") not in ("", "0"):
-        problem = "switched off by the environment variable MTLKERNELS_DISABLE_C"
+        return False, "switched off by the environment variable MTLKERNELS_DISABLE_C"
     library = next(PACKAGE.glob(f"{name}.abi3.*so"), None)
     if library is None:
         note = PACKAGE / "_build.json"
         notes = json.loads(note.read_text()) if note.exists() else {}
-        problem = notes.get(name, "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)")
+        default = "not built: install from source with a C++17 compiler (pip install --no-build-isolation .)"
+        return False, notes.get(name, default)
     if problem is not None:
         return False, problem
     torch.ops.load_library(str(library))

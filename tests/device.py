@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 THREADS = 256
 
-requires_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+_missing = [tool for tool in ("nvcc", "g++") if shutil.which(tool) is None]
+requires_nvcc = pytest.mark.skipif(bool(_missing), reason=f"{' and '.join(_missing)} not on the PATH")
 
 
 @cache
@@ -27,7 +28,7 @@ def testing_module() -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     compiler = shutil.which("c++") or shutil.which("g++") or pytest.skip("there is no C++ compiler")
     sources = [CSRC / "testing/module.cpp", CSRC / "common/launch_plan.cpp"]
-    text = b"".join(path.read_bytes() for path in [*sources, CSRC / "common/launch_plan.h"])
+    text = b"".join(path.read_bytes() for path in [*sources, *sorted((CSRC / "common").glob("*.h"))])
     digest = hashlib.sha256(text + sys.version.encode() + pybind11.__version__.encode()).hexdigest()[:16]
     target = ROOT / "build/testing" / digest / f"mtlkernels_testing{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not target.exists():

@@ -5,10 +5,10 @@
 
 namespace mtlkernels {
 
-std::vector<Launch> plan_launches(const std::vector<PlannedTensor>& tensors, int num_pointers, int32_t chunk_size) {
+std::vector<Launch> plan_launches(const std::vector<PlannedTensor>& tensors, int num_pointers, int32_t chunk_size,
+                                  int32_t first_block) {
   const int64_t capacity = TensorTable::capacity(num_pointers), count = int64_t(tensors.size());
   std::vector<Launch> launches;
-  int32_t first_block = 0;
   for (int64_t first = 0; first < count; first += capacity) {
     Launch& launch = launches.emplace_back();
     TensorTable& table = launch.table;

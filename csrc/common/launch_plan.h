@@ -79,7 +79,8 @@ struct Launch {
 };
 
 /// The launches that cover all tensors, ceil(N (8 num_pointers + 12) / kTableBytes) of them.
+/// Blocks are numbered from `first_block` on.
 std::vector<Launch> plan_launches(const std::vector<PlannedTensor>& tensors, int num_pointers,
-                                  int32_t chunk_size = kDeviceChunk);
+                                  int32_t chunk_size = kDeviceChunk, int32_t first_block = 0);
 
 }  // namespace mtlkernels

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#include "../common/launch_plan.h"
+#include "../common/gram_plan.h"
 
 namespace py = pybind11;
 
@@ -14,8 +14,9 @@ namespace {
 using mtlkernels::TensorTable;
 
 /// [(the packed table, blocks)] for tensors given by their pointers and sizes.
-std::vector<std::pair<py::bytes, int>> plan(const std::vector<std::vector<uint64_t>>& pointers, const std::vector<int64_t>& sizes,
-                                            int num_pointers) {
+std::vector<std::pair<py::bytes, int>> plan(const std::vector<std::vector<uint64_t>>& pointers,
+                                            const std::vector<int64_t>& sizes, int num_pointers, int chunk_size,
+                                            int first_block) {
   std::vector<std::vector<void*>> rows;
   for (const auto& tensor : pointers) {
     std::vector<void*>& row = rows.emplace_back();
@@ -24,7 +25,7 @@ std::vector<std::pair<py::bytes, int>> plan(const std::vector<std::vector<uint64
   std::vector<mtlkernels::PlannedTensor> tensors;
   for (size_t n = 0; n < rows.size(); ++n) tensors.push_back({rows[n].data(), sizes[n]});
   std::vector<std::pair<py::bytes, int>> result;
-  for (const mtlkernels::Launch& launch : mtlkernels::plan_launches(tensors, num_pointers))
+  for (const mtlkernels::Launch& launch : mtlkernels::plan_launches(tensors, num_pointers, chunk_size, first_block))
     result.emplace_back(py::bytes(reinterpret_cast<const char*>(&launch.table), sizeof(TensorTable)), launch.num_blocks);
   return result;
 }
@@ -40,7 +41,12 @@ std::tuple<int, int64_t, int64_t> chunk_of_block(const std::string& table, int b
 }  // namespace
 
 PYBIND11_MODULE(mtlkernels_testing, m) {
-  m.def("plan", &plan);
+  m.def("plan", &plan, py::arg("pointers"), py::arg("sizes"), py::arg("num_pointers"),
+        py::arg("chunk_size") = mtlkernels::kDeviceChunk, py::arg("first_block") = 0);
+  m.def("gram_launch", [](int dtype, int num_rows) {
+    const mtlkernels::GramLaunch launch = mtlkernels::gram_launch(mtlkernels::DType(dtype), num_rows);
+    return std::make_tuple(launch.rows_class, launch.threads, launch.shared_bytes);
+  });
   m.def("chunk_of_block", [](const py::bytes& table, int block) { return chunk_of_block(table, block); });
   m.def("capacity", &TensorTable::capacity);
   m.attr("CHUNK") = mtlkernels::kDeviceChunk;

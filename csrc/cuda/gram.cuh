@@ -1,0 +1,135 @@
+#pragma once
+// Gram matrix of task gradients: G[i][j] = sum_e g_i[e] g_j[e], each row read from memory once.
+//
+// Stage one: a block reads one chunk of one tensor, 16 bytes per row and thread at a time, keeps all pairs in registers (K <=
+// 8; gram_tiles.cuh for more) and writes the chunk's products in float64. Stage two adds the chunks in order. Products and a
+// chunk's sums are float32 (float64 for float64 gradients); a chunk whose squares leave float32's range is summed again in
+// float64.
+
+#include "../common/gram_plan.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace mtlkernels {
+
+/// Whether a float32 sum of squares says nothing certain about its chunk: overflow, NaN, or so small that products underflowed.
+__device__ inline bool out_of_range(double square) { return !(square < 0x1p127) || square < 0x1p-96; }
+
+template <typename S, int K>
+__device__ inline void add_products(const S (&value)[K], S (&sums)[num_pairs(K)]) {
+#pragma unroll
+  for (int i = 0; i < K; ++i)
+#pragma unroll
+    for (int j = i; j < K; ++j) sums[pair_index(K, i, j)] += value[i] * value[j];
+}
+
+/// <a, b> over elements [begin, end) in float64.
+/// Contract: all threads of the block call it; `scratch` holds a float64 per warp and `out` one, both in shared memory; `out`
+/// is valid in every thread on return.
+template <typename T>
+__device__ __forceinline__ void product_in_float64(const T* a, const T* b, int64_t begin, int64_t end, double* scratch,
+                                                   double* out) {
+  double sum[1] = {0};
+#pragma unroll 1
+  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) sum[0] += double(widen(a[e])) * double(widen(b[e]));
+  block_sum<1>(sum, scratch, out);
+}
+
+/// Whether a row has an element that is not 0. Contract: all threads of the block call it; one barrier.
+template <typename T>
+__device__ __forceinline__ bool any_nonzero(const T* row, int64_t begin, int64_t end) {
+  bool any = false;
+#pragma unroll 1
+  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) any |= widen(row[e]) != 0;
+  return __syncthreads_or(any);
+}
+
+/// Sums a chunk's products again in float64 where float32 cannot hold them; rare, so small rather than fast.
+/// Contract: all threads of the block call it; products[pair_index(R, i, j)] are in shared memory and valid in every thread;
+/// barriers inside.
+template <typename T, int R>
+__device__ __forceinline__ void mend_products(const TensorTable& table, const Chunk& chunk, double* scratch, double* products) {
+  const int num_rows = table.num_pointers;
+  const auto row = [&](int k) { return static_cast<const T*>(table.pointers(chunk.tensor)[k]); };
+  bool again = false;
+  for (int k = 0; k < num_rows; ++k)
+    again |= row(k) && out_of_range(products[pair_index(R, k, k)]) && any_nonzero(row(k), chunk.begin, chunk.end);
+  if (!again) return;
+  __syncthreads();  // every thread has read the products that are now written again
+  for (int i = 0; i < num_rows; ++i)
+    for (int j = i; j < num_rows; ++j)
+      if (row(i) && row(j)) product_in_float64(row(i), row(j), chunk.begin, chunk.end, scratch, products + pair_index(R, i, j));
+}
+
+/// partials[block][pair] = products of one chunk. K is the class of the number of rows, 1, 2, 3, 4 or 8: rows past
+/// table.num_pointers, and null rows, count as zero and are not read. One block per chunk of kDeviceChunk elements.
+template <typename T, int K>
+__global__ void __launch_bounds__(kGramThreads, 1) gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
+  constexpr int pairs = num_pairs(K);
+  __shared__ double scratch[pairs * (kGramThreads / kWarpSize)];
+  __shared__ double products[pairs];
+  const Chunk chunk = find_chunk(table, blockIdx.x);
+  const T* rows[K];
+  bool aligned = true;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    rows[k] = k < table.num_pointers ? static_cast<const T*>(table.pointers(chunk.tensor)[k]) : nullptr;
+    aligned &= is_aligned(rows[k]);
+  }
+
+  Sum<T> sums[pairs] = {};
+  const int64_t vectors = aligned ? (chunk.end - chunk.begin) / kLanes<T> : 0;
+#pragma unroll 1
+  for (int64_t v = threadIdx.x; v < vectors; v += kGramThreads) {
+    Packed<T> packed[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      if (rows[k]) packed[k] = load_packed(rows[k] + chunk.begin + v * kLanes<T>);
+#pragma unroll
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      Sum<T> value[K];
+#pragma unroll
+      for (int k = 0; k < K; ++k) value[k] = widen(packed[k].values[lane]);
+      add_products<Sum<T>, K>(value, sums);
+    }
+  }
+#pragma unroll 1
+  for (int64_t e = chunk.begin + vectors * kLanes<T> + threadIdx.x; e < chunk.end; e += kGramThreads) {
+    Sum<T> value[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) value[k] = rows[k] ? widen(rows[k][e]) : Sum<T>(0);
+    add_products<Sum<T>, K>(value, sums);
+  }
+
+  block_sum<pairs>(sums, reinterpret_cast<Sum<T>*>(scratch), products);
+  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, K>(table, chunk, scratch, products);
+  for (int p = threadIdx.x; p < pairs; p += kGramThreads)
+    partials[int64_t(table.first_block + blockIdx.x) * pairs + p] = products[p];
+}
+
+/// Which blocks of stage one make up which results.
+struct SlotTable {
+  static constexpr int capacity = (kArgumentBytes - kOtherArguments) / 12;
+  int32_t slot[capacity], begin[capacity], end[capacity];
+};
+
+/// gram[slot][i][j] = gram[slot][j][i] = sum of partials[begin .. end) in order. Grid (num_pairs(num_rows), slots of the
+/// launch); `rows_class` is the class that stage one ran with.
+static __global__ void __launch_bounds__(kGramThreads)
+    gram_finish(const __grid_constant__ SlotTable slots, const double* partials, int32_t rows_class, int32_t num_rows,
+                double* gram) {
+  __shared__ double scratch[kGramThreads / kWarpSize], total[1];
+  int i = 0, rest = blockIdx.x;
+  while (rest >= num_rows - i) rest -= num_rows - i++;
+  const int j = i + rest, pair = pair_index(rows_class, i, j);
+  double sum[1] = {0};
+  for (int32_t b = slots.begin[blockIdx.y] + threadIdx.x; b < slots.end[blockIdx.y]; b += kGramThreads)
+    sum[0] += partials[int64_t(b) * num_pairs(rows_class) + pair];
+  block_sum<1>(sum, scratch, total);
+  if (threadIdx.x == 0) {
+    double* matrix = gram + int64_t(slots.slot[blockIdx.y]) * num_rows * num_rows;
+    matrix[i * num_rows + j] = matrix[j * num_rows + i] = total[0];
+  }
+}
+
+}  // namespace mtlkernels
