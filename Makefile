@@ -40,12 +40,14 @@ format: $(VENV)/installed
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(SOURCES)
 
+# From the sdist, so that one which lacks a file is noticed here.
 wheel: $(VENV)/torch
 	rm -rf build/lib* build/bdist* dist
-	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) setup.py --quiet sdist --dist-dir dist
+	$(RUN) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist dist/mtlkernels-*.tar.gz
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C.*so mtlkernels/_build.json
+	rm -rf $(VENV) build dist *.egg-info mtlkernels/_C*.so mtlkernels/_build.json
 
 # Editable, with the library built beside the sources: the tests and a bare `pytest` import the same files. Built again when
 # anything that it is made of changes.

@@ -152,7 +152,10 @@ class NinjaFile:
 def build_cpu(compiler: str, torch_root: Path, folder: Path, target: Path) -> None:
     """``_C``: csrc/bindings, csrc/common and, per instruction set, csrc/cpu."""
     ninja = NinjaFile(compiler, torch_root)
-    for source in bindings("cpu"):
+    sources = bindings("cpu")
+    if not sources:
+        sys.exit("csrc is missing; build from a complete source tree, as the repository or the sdist has it.")
+    for source in sources:
         flags = " ".join(["$torch", *FLAGS.get(source.relative_to(ROOT).as_posix(), [])])
         ninja.compile(source, f"{source.stem}.o", flags)
     for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
@@ -232,6 +235,8 @@ class NinjaBuild(build_ext):
     def leave_out(self, ext: Extension, reason: str) -> None:
         library = ext.name.rpartition(".")[2]
         self.notes[library] = f"not built: {reason}"
+        for stale in (Path(self.get_ext_fullpath(ext.name)), ROOT / "mtlkernels" / Path(self.get_ext_filename(ext.name)).name):
+            stale.unlink(missing_ok=True)  # of an earlier build: it would be loaded, and contradict the note
         print(f"warning: {ext.name} is {self.notes[library]}", file=sys.stderr)
 
     def get_outputs(self) -> list[str]:

@@ -40,6 +40,8 @@ def backend(op: str, device_type: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Runs the ops on the CPU with one backend inside a ``with`` block, for tests and comparisons.
 
+    It holds for the whole process: other threads are switched, too.
+
     Args:
         name: ``"cpp"`` or ``"reference"``.
 
@@ -82,7 +84,7 @@ def cpu_capability() -> str | None:
     function = ctypes.CDLL(CPU_LIBRARY).mtlkernels_cpu_capability
     function.restype = ctypes.c_char_p
     chosen = str(function().decode())
-    asked = os.environ.get("MTLKERNELS_CPU_CAPABILITY", chosen)
+    asked = os.environ.get("MTLKERNELS_CPU_CAPABILITY") or chosen
     if asked != chosen:
         known = asked in CAPABILITIES
         problem = (

@@ -106,8 +106,9 @@ def _gpu() -> str:
 
 
 def _nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    path = shutil.which("nvcc") or (shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None)
+    home = os.environ.get("CUDA_HOME")  # the order in which the build looks
+    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next((found for name in candidates if name and (found := shutil.which(name))), None)
     if path is None:
         return "not found (only building CUDA kernels needs it: install the CUDA toolkit, or set CUDA_HOME)"
     release = re.search(r"release ([\d.]+)", _output([path, "--version"]))

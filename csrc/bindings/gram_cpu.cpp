@@ -59,8 +59,7 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
     for_each(int64_t(ranges.size()), columns.total_elements(), [&](int64_t i) {
       const auto [n, begin, end] = ranges[i];
       const int64_t rest = columns[n].layout.numel / columns.channels(n);
-      for (int64_t c = begin; c < end; ++c)
-        gram(columns[n], int(num_left), c * rest, (c + 1) * rest, sums + (first_slot[n] + c) * block);
+      gram(columns[n], int(num_left), begin * rest, end * rest, rest, sums + (first_slot[n] + begin) * block);
     });
     if (num_left == num_rows) mirror(sums, first_slot.back(), num_left);
     return result;
@@ -75,7 +74,7 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
   std::vector<double> partials(units.size() * block, 0.0);
   for_each(int64_t(units.size()), columns.total_elements(), [&](int64_t u) {
     for (int64_t p = units[u].first; p < units[u].last; ++p)
-      gram(columns[pieces[p].column], int(num_left), pieces[p].begin, pieces[p].end, partials.data() + u * block);
+      gram(columns[pieces[p].column], int(num_left), pieces[p].begin, pieces[p].end, kChunk, partials.data() + u * block);
   });
   for (size_t u = 0; u < units.size(); ++u)
     for (int64_t i = 0; i < block; ++i) sums[units[u].slot * block + i] += partials[u * block + i];

@@ -1,9 +1,5 @@
 // The K x K stage on the CPU: a loop over the problems of a batch around the functions of common/kxk.h.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -11,14 +7,12 @@
 
 #include "../common/kxk.h"
 #include "../common/philox.h"
+#include "columns.h"
 
 namespace mtlkernels {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check(bool condition, const char* message) { STD_TORCH_CHECK(condition, message); }
 
 /// A tensor [..., inner dims] as a batch of problems, whatever its strides.
 class Batch {
@@ -75,9 +69,9 @@ class Grams : public Batch {
 
  private:
   static const Tensor& checked(const Tensor& gram) {
-    check(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
-    check(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
-          "gram must be float64 or float32");
+    require(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
+    require(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
+            "gram must be float64 or float32");
     return gram;
   }
 
@@ -164,12 +158,12 @@ template <class Solver>
 Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, const Solver& solver) {
   const Grams grams(gram);
   const int size = grams.size();
-  check(gram.scalar_type() == ScalarType::Double, "gram must be float64");
+  require(gram.scalar_type() == ScalarType::Double, "gram must be float64");
   const Batch mask(active ? *active : gram, active ? 1 : 2);
   if (active) {
-    check(active->scalar_type() == ScalarType::Bool, "active must be bool");
-    check(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(),
-          "active must have the shape [..., K] of gram");
+    require(active->scalar_type() == ScalarType::Bool, "active must be bool");
+    require(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(),
+            "active must have the shape [..., K] of gram");
   }
   Tensor result = empty(gram, grams.lead(), {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
@@ -210,13 +204,13 @@ Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active
 class Orders : public Batch {
  public:
   Orders(const Tensor& order, const Grams& grams) : Batch(checked(order), 2), steps_(order.size(-1)), size_(grams.size()) {
-    check(order.size(-2) == size_ && lead() == grams.lead(),
-          "order must have the shape [..., K, S] with the leading dimensions of gram");
+    require(order.size(-2) == size_ && lead() == grams.lead(),
+            "order must have the shape [..., K, S] with the leading dimensions of gram");
     data_ = static_cast<const int64_t*>(order.const_data_ptr());
     for (int64_t b = 0; b < count(); ++b) {
       for (int64_t i = 0; i < size_ * steps_; ++i) {
         const int64_t task = data_[offset(b) + i / steps_ * stride(1) + i % steps_ * stride(0)];
-        check(task >= 0 && task < size_, "order must hold task indices from 0 to K - 1");
+        require(task >= 0 && task < size_, "order must hold task indices from 0 to K - 1");
       }
     }
   }
@@ -230,7 +224,7 @@ class Orders : public Batch {
 
  private:
   static const Tensor& checked(const Tensor& order) {
-    check(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");
+    require(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");
     return order;
   }
 
@@ -240,7 +234,7 @@ class Orders : public Batch {
 
 Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool conflict_only) {
   const Grams grams(gram);
-  check(!grams.is_float(), "gram must be float64");
+  require(!grams.is_float(), "gram must be float64");
   const Orders orders(order, grams);
   const int size = grams.size();
   Tensor result = empty(gram, grams.lead(), {size, size});
@@ -261,8 +255,8 @@ Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool 
 
 Tensor pcgrad_weights_op(const Tensor& gram, const Tensor& seed) {
   const Grams grams(gram);
-  check(!grams.is_float(), "gram must be float64");
-  check(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
+  require(!grams.is_float(), "gram must be float64");
+  require(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const int size = grams.size();
   Tensor result = empty(gram, grams.lead(), {size});

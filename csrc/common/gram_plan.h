@@ -8,10 +8,10 @@ namespace mtlkernels {
 
 constexpr int kGramThreads = 256;
 
-MTL_DEVICE_HOST constexpr int num_pairs(int rows) { return rows * (rows + 1) / 2; }
+MTL_HOST_DEVICE constexpr int num_pairs(int rows) { return rows * (rows + 1) / 2; }
 
 /// Index of pair (i, j), j >= i, in the upper triangle row by row.
-MTL_DEVICE_HOST constexpr int pair_index(int rows, int i, int j) { return i * rows - i * (i - 1) / 2 + j - i; }
+MTL_HOST_DEVICE constexpr int pair_index(int rows, int i, int j) { return i * rows - i * (i - 1) / 2 + j - i; }
 
 /// The row class of a number of rows: the smallest of 1, 2, 3, 4, 8, 16 and 64 that holds it; 0 past 64.
 constexpr int gram_class(int num_rows) {

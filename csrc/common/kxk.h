@@ -8,13 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifndef MTL_HOST_DEVICE
-#ifdef __CUDACC__
-#define MTL_HOST_DEVICE __host__ __device__
-#else
-#define MTL_HOST_DEVICE
-#endif
-#endif
+#include "numeric.h"
 
 namespace mtlkernels {
 

@@ -5,11 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__CUDACC__)
-#define MTL_DEVICE_HOST __device__ __host__
-#else
-#define MTL_DEVICE_HOST
-#endif
+#include "numeric.h"
 
 namespace mtlkernels {
 
@@ -33,14 +29,14 @@ struct TensorTable {
 
   static constexpr int capacity(int num_pointers) { return (kTableBytes - 4) / (8 * num_pointers + 12); }
 
-  MTL_DEVICE_HOST void* const* pointers(int tensor) const {
+  MTL_HOST_DEVICE void* const* pointers(int tensor) const {
     return reinterpret_cast<void* const*>(bytes) + int64_t(tensor) * num_pointers;
   }
-  MTL_DEVICE_HOST const int64_t* numel() const {
+  MTL_HOST_DEVICE const int64_t* numel() const {
     return reinterpret_cast<const int64_t*>(bytes + int64_t(num_tensors) * num_pointers * 8);
   }
   /// [num_tensors + 1], from 0.
-  MTL_DEVICE_HOST const int32_t* block_offsets() const { return reinterpret_cast<const int32_t*>(numel() + num_tensors); }
+  MTL_HOST_DEVICE const int32_t* block_offsets() const { return reinterpret_cast<const int32_t*>(numel() + num_tensors); }
 };
 
 static_assert(sizeof(TensorTable) + kOtherArguments <= kArgumentBytes, "the table must fit in a kernel's arguments");
@@ -52,7 +48,7 @@ struct Chunk {
 };
 
 /// The chunk of block `block` of a launch: a binary search for its tensor.
-MTL_DEVICE_HOST inline Chunk find_chunk(const TensorTable& table, int block, int32_t chunk_size = kDeviceChunk) {
+MTL_HOST_DEVICE inline Chunk find_chunk(const TensorTable& table, int block, int32_t chunk_size = kDeviceChunk) {
   const int32_t* offsets = table.block_offsets();
   int low = 0, high = table.num_tensors - 1;
   while (low < high) {

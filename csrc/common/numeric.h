@@ -1,7 +1,13 @@
 #pragma once
-// The element types of gradients.
+// The element types of gradients, and what marks code that runs on host and device.
 
 #include <cstdint>
+
+#if defined(__CUDACC__)
+#define MTL_HOST_DEVICE __host__ __device__
+#else
+#define MTL_HOST_DEVICE
+#endif
 
 namespace mtlkernels {
 

@@ -9,7 +9,7 @@ namespace mtlkernels::cpu {
 
 #define MTL_DECLARE_KERNELS(isa)                                                                            \
   namespace isa {                                                                                           \
-  void gram(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);                  \
+  void gram(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums); \
   void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out); \
   }
 

@@ -1,7 +1,7 @@
 // Weighted sums of task gradients, out_m[e] = sum_k w_mk * g_k[e], each row read from memory once, each result written once.
 //
-// Sums run in float64 in the order of k and are rounded once; the memory is slower than the arithmetic. Results that no cache
-// could keep are stored past it, which saves reading the line before it is overwritten.
+// Sums run in float64 in the order of k and are rounded to float32, then to 16 bits; the memory is slower than the arithmetic.
+// Results that no cache could keep are stored past it, which saves reading the line before it is overwritten.
 
 #include <type_traits>
 

@@ -11,14 +11,12 @@ namespace {
 
 // Pairs in flight: R * C accumulators and R + C operands have to fit in 32 (AVX-512) or 16 vector registers.
 constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
-constexpr int64_t kBlockBytes = 24 * 1024;  // of all rows together, in half of a first-level cache
 
-// Terms of one float32 sum. Squares of bfloat16 values have few and uneven low bits, which long sums round away to one side:
-// with 128 terms the norm of 7e7 such values is off by 1.4e-7, with 64 by 5e-8.
-constexpr int64_t kTerms = 64;
+// Terms of one float32 sum. Where elements repeat, all its roundings have one sign: with 128 terms the Gram of a constant
+// gradient is off by 1e-6, with 8 by 1e-7. Squares of bfloat16 values, whose low bits are few and uneven, suffer in the same
+// way.
+constexpr int64_t kTerms = 8;
 constexpr int64_t kLongestBlock = kTerms * kLanes<float>;
-constexpr int64_t kShortestBlock =
-    kLongestBlock < 512 ? kLongestBlock : 512;  // many rows spill into the second-level cache instead
 
 /// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b.
 template <typename T, int R, int C, bool Triangle>
@@ -147,10 +145,7 @@ class Gram {
 
  private:
   int64_t block_size() const {
-    const int64_t fitting = kBlockBytes / (element_bytes_ * column_.num_rows) / 64 * 64;
-    const int64_t longest =
-        kLongestBlock * (column_.num_rows <= 2 ? 4 : 1);  // tiles of up to four pairs keep four sums of each
-    return fitting > longest ? longest : fitting < kShortestBlock ? kShortestBlock : fitting;
+    return kLongestBlock * (column_.num_rows <= 2 ? 4 : 1);  // tiles of up to four pairs keep four sums of each
   }
 
   /// products_ of one block; false when float32 cannot hold them.
@@ -192,8 +187,12 @@ class Gram {
 
 namespace MTL_ISA {
 
-void gram(const Column& column, int num_left, int64_t begin, int64_t end, double* sums) {
-  if (begin < end) Gram(column, num_left).add_to(begin, end, sums);
+void gram(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums) {
+  if (begin >= end) return;
+  Gram products(column, num_left);
+  const int64_t matrix = int64_t(num_left) * (num_left == column.num_rows ? num_left : column.num_rows - num_left);
+  for (int64_t at = begin; at < end; at += segment, sums += matrix)
+    products.add_to(at, end - at < segment ? end : at + segment, sums);
 }
 
 }  // namespace MTL_ISA

@@ -36,9 +36,10 @@ struct Output {
 struct Kernels {
   const char* name;
 
-  /// Adds the inner products of rows [0, num_left) with rows [num_left, num_rows) over elements [begin, end) to
-  /// sums[num_left][num_rows - num_left]. With num_left == num_rows: of all rows with each other, upper triangle only.
-  void (*gram)(const Column& column, int num_left, int64_t begin, int64_t end, double* sums);
+  /// Adds the inner products of rows [0, num_left) with rows [num_left, num_rows) over elements [begin, end), cut into segments
+  /// of `segment` elements, to sums[segment][num_left][num_rows - num_left]. With num_left == num_rows: of all rows with each
+  /// other, upper triangle only.
+  void (*gram)(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums);
 
   /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight
   /// is exactly 0 is not read. A single output may be one of the rows.

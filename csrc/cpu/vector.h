@@ -124,7 +124,7 @@ inline void fence_streaming() {
 class Scratch {
  public:
   explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
-    if (!data_) std::abort();  // a few hundred KiB: nothing sensible is left to do
+    if (!data_) std::abort();  // of blocks, not of tensors: nothing sensible is left to do
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

@@ -2,7 +2,8 @@
 // Weighted sums of task gradients: out[e] = sum_k w_k g_k[e], each row read once, the result written once.
 //
 // The weights stay on the device. Sums are float32 (float64 for float64 gradients, and where a weight leaves float32's range)
-// in the order of k, rounded once. A row whose weight is exactly 0 is not read. The result may be one of the rows.
+// in the order of k, rounded to the gradients' dtype at the end. A row whose weight is exactly 0 is not read. The result may be
+// one of the rows.
 
 #include "../common/launch_plan.h"
 #include "vec.cuh"
