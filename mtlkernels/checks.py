@@ -108,7 +108,7 @@ def check_buffers(buffers: Sequence[Tensor | None], columns: Iterable[Sequence[T
     for n, buffer in used:
         if buffer is None or not buffer.numel():
             continue
-        if _overlaps_itself(buffer):
+        if overlaps_itself(buffer):
             raise ValueError(f"out[{n}] shares memory with itself; pass distinct, dense buffers.")
         last = sum(stride * (size - 1) for stride, size in zip(buffer.stride(), buffer.shape, strict=True))
         dense = last + 1 == buffer.numel()
@@ -138,7 +138,7 @@ def check_fit(buffers: Sequence[Tensor | None], columns: Sequence[Sequence[Tenso
             )
 
 
-def _overlaps_itself(tensor: Tensor) -> bool:
+def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two indices may address one element: a stride that does not step over the smaller dimensions."""
     extent = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -2,12 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .checks import overlaps_itself
 
 Source = Literal["autograd", "backward"]
 """``"autograd"``: ``torch.autograd.grad``, for plain eager and compiled models. ``"backward"``: ``loss.backward()`` with
@@ -60,17 +61,28 @@ def _clear(tensors: Iterable[Tensor]) -> None:
 
 def graph_nodes(losses: Iterable[Tensor | None]) -> set[str]:
     """Type names of the autograd nodes that the losses reach, for example ``AddmmBackward0``. 0.2 us a node."""
-    stack = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
+    return {type(node).__name__ for node in _nodes(losses)}
+
+
+def graph_leaves(loss: Tensor) -> set[int]:
+    """``id`` of each leaf tensor that the graph of a loss reaches, of the loss itself where it is a leaf."""
+    if loss.grad_fn is None:
+        return {id(loss)}
+    return {id(node.variable) for node in _nodes([loss]) if type(node).__name__ == "AccumulateGrad"}
+
+
+def _nodes(losses: Iterable[Tensor | None]) -> set[Any]:
+    stack: list[Any] = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
     seen = set(stack)
     while stack:
         for node, _ in stack.pop().next_functions:
             if node is not None and node not in seen:
                 seen.add(node)
                 stack.append(node)
-    return {type(node).__name__ for node in seen}
+    return seen
 
 
-def check_graph(losses: Sequence[Tensor | None], source: Source, by_reach: bool) -> None:
+def check_graph(losses: Sequence[Tensor | None], source: Source, by_reach: bool, undecided: bool = False) -> None:
     """Raises a ``ValueError`` where autograd would give wrong gradients in silence.
 
     Args:
@@ -78,10 +90,21 @@ def check_graph(losses: Sequence[Tensor | None], source: Source, by_reach: bool)
         source: the gradient source about to be used. ``torch.autograd.grad`` returns None for what a reentrant checkpoint
             hides.
         by_reach: whether tasks are told apart by what their graphs reach. A compiled graph reaches all its parameters.
+        undecided: whether shared parameters are told from heads by these graphs, so that nothing may hide a leaf.
     """
-    if source == "backward" and not by_reach:
+    if source == "backward" and not (by_reach or undecided):
         return
     nodes = graph_nodes(losses)
+    if undecided and "CheckpointFunctionBackward" in nodes:
+        raise ValueError(
+            'shared parameters cannot be found behind a reentrant checkpoint; pass shared=parameters and gradients="backward", '
+            "or use checkpoint(..., use_reentrant=False)."
+        )
+    if undecided and "CompiledFunctionBackward" in nodes:
+        raise ValueError(
+            "shared parameters cannot be told from heads in a compiled graph, where every task reaches every parameter; "
+            "pass shared=parameters and heads={task: parameters} that together name every parameter of the optimizer."
+        )
     if source == "autograd" and "CheckpointFunctionBackward" in nodes:
         raise ValueError(
             'gradients="autograd" cannot see the parameters inside a reentrant checkpoint; pass gradients="backward", or '
@@ -140,6 +163,38 @@ def combine_own(rows: Rows, params: Sequence[Tensor], weights: Tensor, weighted:
 
 def _is_only_row(column: Sequence[Tensor | None], buffer: Tensor | None) -> bool:
     return all(row is None or row is buffer for row in column)
+
+
+def check_hooks(params: Iterable[Tensor], name: Callable[[Tensor], str]) -> None:
+    """Raises a ``ValueError`` for a hook that ``torch.autograd.grad`` would not run. ``name`` names a parameter."""
+    for param in params:
+        if getattr(param, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f'the {name(param)} has a post-accumulate-grad hook, which gradients="autograd" never runs; pass '
+                'gradients="backward", or remove the hook.'
+            )
+
+
+def check_grads(params: Iterable[Tensor], name: Callable[[Tensor], str]) -> None:
+    """Raises a ``ValueError`` for a ``.grad`` that :func:`add_to_grad` could not add to in place; ``name`` names one."""
+    for param in params:
+        grad = param.grad
+        if grad is None:
+            continue
+        writable = (
+            grad.layout == torch.strided
+            and grad.dtype.is_floating_point
+            and grad.shape == param.shape
+            and grad.device == param.device
+            and not grad.is_inference()
+            and (grad.is_contiguous() or not overlaps_itself(grad))
+        )
+        if not writable:
+            raise ValueError(
+                f".grad of the {name(param)} cannot be added to in place: it is {grad.layout}, {grad.dtype}, of shape "
+                f"{tuple(grad.shape)} and on {grad.device}, or its elements share memory; clear it with zero_grad(), or set it "
+                "to a dense tensor like the parameter."
+            )
 
 
 def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:

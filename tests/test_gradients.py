@@ -6,7 +6,7 @@ from multitask_models import Net, assert_equal, grads_of, task_losses
 from torch.utils.checkpoint import checkpoint
 
 from mtlkernels import gradients
-from mtlkernels.gradients import check_graph, combine_own, graph_nodes, task_gradients, update_buffers
+from mtlkernels.gradients import check_graph, combine_own, graph_leaves, graph_nodes, task_gradients, update_buffers
 
 
 @pytest.mark.parametrize("source", gradients.SOURCES)
@@ -93,6 +93,12 @@ def test_graph_nodes_names_every_node_of_all_losses():
     x = torch.ones(3, requires_grad=True)
     nodes = graph_nodes([x.exp().sum(), None, x.sin().sum(), x])
     assert nodes == {"ExpBackward0", "SinBackward0", "SumBackward0", "AccumulateGrad"}
+
+
+def test_graph_leaves_are_the_leaves_of_one_loss():
+    a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
+    assert graph_leaves((a.exp() * b).sum() + c.detach().sum()) == {id(a), id(b)}
+    assert graph_leaves(a) == {id(a)}
 
 
 class SavesItsGradient(torch.autograd.Function):

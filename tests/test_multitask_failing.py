@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mtlkernels.gradients import SOURCES
 from mtlkernels.optim import MultiTaskOptimizer
-from mtlkernels.weightings import Weighting
+from mtlkernels.weightings import PCGrad, Weighting
 
 
 def sgd(model: torch.nn.Module) -> torch.optim.SGD:
@@ -104,7 +104,7 @@ BAD_LOSSES = {
     "vector": (lambda losses: losses | {"b": losses["b"] * torch.ones(2)}, r"losses\['b'\] has shape \(2,\); pass a scalar"),
     "number": (lambda losses: losses | {"b": 1.0}, r"losses\['b'\] is a float"),
     "complex": (lambda losses: losses | {"b": losses["b"] * 1j}, r"losses\['b'\] is torch.complex64"),
-    "unknown task": (lambda losses: losses | {"z": losses["b"]}, "unknown task 'z'"),
+    "unknown task": (lambda losses: losses | {"z": losses["b"]}, r"unknown task 'z'.*Pass tasks=\[\.\.\.\] at construction"),
     "too few": (lambda losses: list(losses.values())[:2], "lists 2 tasks instead of 3"),
     "a tensor": (lambda losses: torch.stack(list(losses.values())), "losses is a Tensor"),
     "none at all": (lambda losses: dict.fromkeys(losses), "losses has no loss"),
@@ -154,7 +154,7 @@ def test_shared_parameter_that_no_loss_reaches(source, named):
     model = Net()
     model.extra = torch.nn.Linear(7, 1, bias=False)
     inner = torch.optim.SGD(model.named_parameters() if named else model.parameters(), 0.1)
-    optimizer = MultiTaskOptimizer(inner, Tracking(), gradients=source)
+    optimizer = MultiTaskOptimizer(inner, Tracking(), shared=model.parameters(), gradients=source)
     message = (
         r"shared parameter 'extra.weight'"
         if named
@@ -211,6 +211,76 @@ def test_graph_that_was_freed():
         model.zero_grad()
         with Untouched(model, optimizer), pytest.raises(RuntimeError, match="second time"):
             optimizer.backward(losses)
+
+
+def test_post_accumulate_grad_hook_needs_the_backward_source():
+    for head in (False, True):
+        model = Net()
+        optimizer = make(model, Tracking())
+        param = model.heads["c"].bias if head else model.encoder[2].weight
+        seen = []
+        handle = param.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p))
+        with Untouched(model, optimizer), pytest.raises(ValueError, match=r'post-accumulate-grad hook.*gradients="backward"'):
+            optimizer.step(task_losses(model))
+        make(model, gradients="backward").backward(task_losses(model))
+        assert seen
+        handle.remove()
+        optimizer.step(task_losses(model))
+
+
+def inference_ones(param: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones_like(param)
+
+
+ODD_GRADS = {
+    "expanded": lambda param: torch.zeros(()).expand(param.shape),
+    "sliding": lambda param: torch.zeros(param.numel()).as_strided(param.shape, (1,) * param.dim()),
+    "sparse": lambda param: torch.zeros_like(param).to_sparse(),
+    "inference": inference_ones,
+    "another shape": torch.zeros_like,
+    "integer": torch.zeros_like,
+}
+ODD_DATA = {"another shape": lambda param: torch.zeros(1), "integer": lambda param: torch.zeros(param.shape, dtype=torch.int64)}
+"""What ``.grad`` itself would refuse."""
+
+
+@pytest.mark.parametrize("place", ["shared", "head"])
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("kind", ODD_GRADS)
+def test_grad_that_cannot_be_added_to_fails_before_the_first_write(kind, source, place):
+    model = Net()
+    optimizer = make(model, Tracking(), gradients=source)
+    optimizer.step(task_losses(model))
+    odd = model.encoder[2].weight if place == "shared" else model.heads["c"].weight
+    odd.grad = ODD_GRADS[kind](odd)
+    if kind == "sliding" and place == "head":
+        odd.grad = torch.zeros(()).expand(odd.shape)
+    if kind in ODD_DATA:
+        odd.grad.data = ODD_DATA[kind](odd)
+    grads = [p.grad.clone() for p in model.parameters() if p is not odd]
+    norms = optimizer.weighting.norms.clone()
+    with pytest.raises(ValueError, match=r"\.grad of the parameter .*cannot be added to in place.*zero_grad"):
+        optimizer.backward(task_losses(model))
+    assert_equal([p.grad for p in model.parameters() if p is not odd], grads)
+    assert torch.equal(optimizer.weighting.norms, norms)
+    if kind in ODD_DATA:
+        odd.grad = None
+    optimizer.step(task_losses(model))  # which replaces .grad
+
+
+@pytest.mark.parametrize("call", ["step", "backward"])
+def test_failed_call_draws_nothing_from_the_weightings_generator(call):
+    model = Net()
+    optimizer = make(model, PCGrad(generator=torch.Generator().manual_seed(0)), on_nonfinite="raise")
+    losses = task_losses(model)
+    losses["c"] = losses["c"] * torch.nan
+    before = optimizer.weighting.generator.get_state()
+    with Untouched(model, optimizer), pytest.raises(RuntimeError, match="not finite"):
+        getattr(optimizer, call)(losses)
+    assert torch.equal(optimizer.weighting.generator.get_state(), before)
+    optimizer.step(task_losses(model))
+    assert not torch.equal(optimizer.weighting.generator.get_state(), before)
 
 
 # --- in the middle --------------------------------------------------------------------------------------------------------

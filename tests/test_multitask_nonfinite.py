@@ -124,6 +124,61 @@ def test_clearing_grad_through_the_model_forgets_the_bad_batch():
     assert not torch.equal(values_of(model)[0], params[0])
 
 
+CLEARINGS = {
+    "to None": lambda model, optimizer: model.zero_grad(),
+    "to zero": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "through the inner optimizer": lambda model, optimizer: optimizer.optimizer.zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("then", ["backward", "plain torch"])
+@pytest.mark.parametrize("clearing", CLEARINGS)
+@pytest.mark.parametrize("name", ["sgd", "adam fused"])
+def test_good_update_after_an_abandoned_bad_one_steps(name, clearing, then):
+    model, plain = Net(), Net()
+    optimizer, reference = (make(net, Ones(), ALL[name]) for net in (model, plain))
+    optimizer.backward(losses_with(model, {"a": torch.nan}))
+    CLEARINGS[clearing](model, optimizer)
+    if then == "backward":
+        optimizer.backward(task_losses(model))
+    else:
+        sum(task_losses(model).values()).backward()
+    optimizer.step()
+    reference.step(task_losses(plain))
+    assert_near(values_of(model), values_of(plain))
+
+
+@pytest.mark.parametrize("frozen_encoder", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adam fused"])
+def test_bad_update_skips_after_clipping_and_further_batches(name, frozen_encoder):
+    model = Net()
+    model.encoder.requires_grad_(not frozen_encoder)
+    optimizer = make(model, "mean", ALL[name])
+    params = values_of(model)
+    bad_head = (model.heads["c"].bias * torch.inf).sum()
+    optimizer.backward(task_losses(model) | {"c": task_losses(model)["c"] + bad_head})
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)
+    optimizer.backward(task_losses(model, tasks=("b",)))
+    optimizer.step()
+    assert_equal(values_of(model), params)
+
+
+def test_each_bad_update_counts_while_its_own_nan_is_there():
+    """Two updates that reach different shared parameters, so that their NaN shows in different places."""
+    for cleared in ((0,), (0, 1)):
+        a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        optimizer = MultiTaskOptimizer(torch.optim.SGD([a, b], 0.1), shared=[a, b], tasks=["a", "b"])
+        optimizer.backward({"a": a.sum() * torch.nan})
+        optimizer.backward({"b": b.sum() * torch.nan})
+        for index in cleared:
+            (a, b)[index].grad = None
+        optimizer.backward({"a": a.sum()})
+        optimizer.step()
+        assert (a[0].item() == 1.0) == (cleared == (0,))
+        assert b.tolist() == [1.0, 1.0]
+
+
 def test_head_that_is_not_finite_counts_as_its_task():
     model = Net()
     optimizer = make(model)
@@ -204,10 +259,11 @@ def test_drop_task_with_nothing_left_skips(name):
     assert_equal(values_of(model), params)
 
 
-def test_drop_task_refuses_a_scaler_before_anything_happens():
+@pytest.mark.parametrize("policy", ["drop_task", "raise"])
+def test_scaler_is_refused_by_policies_that_hide_the_overflow(policy):
     model = Net()
-    optimizer = make(model, on_nonfinite="drop_task")
-    with pytest.raises(ValueError, match='on_nonfinite="skip"'):
+    optimizer = make(model, on_nonfinite=policy)
+    with pytest.raises(ValueError, match=f'on_nonfinite="{policy}" keeps .*pass on_nonfinite="skip"'):
         optimizer.backward(task_losses(model), scaler=torch.amp.GradScaler("cpu"))
     assert grads_of(model) == [None] * 10
     assert optimizer.tasks is None

@@ -6,11 +6,13 @@ import pickle
 
 import pytest
 import torch
-from multitask_models import TASKS, Net, Ones, Tracking, assert_equal, assert_near, grads_of, task_losses, values_of
+from multitask_models import TASKS, Net, Ones, Tracking, assert_equal, grads_of, task_losses, values_of
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from mtlkernels.optim import MultiTaskOptimizer
+from mtlkernels.weightings import PCGrad
 
 SCHEDULERS = {
     "lambda": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step)),
@@ -155,6 +157,36 @@ def test_pre_hook_may_change_the_arguments():
         wrong.step()
 
 
+@pytest.mark.parametrize("positional", [False, True])
+def test_closure_by_the_name_that_callers_of_torch_use(positional):
+    model, plain = Net(), Net()
+    optimizer = make(model)
+    closure = lambda: task_losses(model)  # noqa: E731
+    info = optimizer.step(closure) if positional else optimizer.step(closure=closure)
+    make(plain).step(task_losses(plain))
+    assert info.tasks == TASKS
+    assert_equal(values_of(model), values_of(plain))
+    with pytest.raises(ValueError, match="losses and closure are both given"):
+        optimizer.step(task_losses(model), closure=closure)
+    assert_equal(values_of(model), values_of(plain))
+
+
+@pytest.mark.parametrize("optimizer_of", [sgd, adam])
+def test_distributed_checkpoint_reads_and_sets_the_state(optimizer_of):
+    model, other = Net(), Net(seed=1)
+    optimizer, resumed = make(model, Ones(), optimizer_of), make(other, Ones(), optimizer_of)
+    params = values_of(model)
+    get_optimizer_state_dict(model, optimizer)  # steps once to allocate the state
+    assert_equal(values_of(model), params)
+    optimizer.step(task_losses(model))
+    other.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
+    set_optimizer_state_dict(other, resumed, saved)
+    optimizer.step(task_losses(model, 1))
+    resumed.step(task_losses(other, 1))
+    assert_equal(values_of(model), values_of(other))
+
+
 def test_zero_grad_follows_torch():
     model = Net()
     optimizer = make(model)
@@ -163,55 +195,6 @@ def test_zero_grad_follows_torch():
     assert all(not grad.any() for grad in grads_of(model))
     optimizer.zero_grad()
     assert grads_of(model) == [None] * 10
-
-
-# --- added groups ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("through", ["outer", "inner"])
-@pytest.mark.parametrize("default", [True, False], ids=["shared=None", "shared given"])
-def test_added_parameters_take_the_role_of_construction(through, default):
-    model, whole = Net(), Net()
-    late = list(model.heads["c"].parameters())
-    early = [p for p in model.parameters() if all(p is not q for q in late)]
-    options = {} if default else {"shared": model.encoder.parameters()}
-    optimizer = MultiTaskOptimizer(torch.optim.SGD(early, 0.1), "mean", **options)
-    optimizer.step(task_losses(model))
-    (optimizer if through == "outer" else optimizer.optimizer).add_param_group({"params": late, "lr": 0.3})
-    model.load_state_dict(whole.state_dict())
-
-    optimizer.step(task_losses(model))
-
-    MultiTaskOptimizer(
-        torch.optim.SGD(whole.parameters(), 0.1), shared=whole.parameters() if default else whole.encoder.parameters()
-    ).backward(task_losses(whole))
-    assert_equal(grads_of(model), grads_of(whole))
-    assert optimizer.param_groups[1]["lr"] == 0.3
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_added_parameters_take_the_role_that_is_given(shared):
-    """Unfreezing a layer of the encoder: it was not held before."""
-    model = Net()
-    first, *rest = model.encoder.parameters()
-    heads = list(model.heads.parameters())
-    optimizer = MultiTaskOptimizer(torch.optim.SGD([*rest, *heads], 0.1), "mean", shared=rest)
-    optimizer.add_param_group({"params": [first]}, shared=shared)
-
-    info = optimizer.backward(task_losses(model))
-
-    total = torch.autograd.grad(sum(task_losses(model).values()), first)[0]
-    assert_near([first.grad], [total / 3 if shared else total])
-    assert info.gram[0, 0] > 0
-
-
-def test_failed_add_param_group_changes_nothing():
-    model = Net()
-    optimizer = make(model)
-    with pytest.raises(ValueError, match="more than one parameter group"):
-        optimizer.add_param_group({"params": [model.encoder[0].weight]}, shared=False)
-    optimizer.step(task_losses(model))
-    assert len(optimizer.param_groups) == 1
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------
@@ -241,6 +224,36 @@ def test_state_dict_round_trip_into_a_fresh_object_resumes_to_the_bit(optimizer_
         assert torch.equal(info.weights, again.weights)
     assert_equal(values_of(model), values_of(fresh))
     assert resumed.weighting.calls == optimizer.weighting.calls == 6
+
+
+def test_random_orders_resume_to_the_bit():
+    model, fresh = Net(), Net(seed=1)
+    optimizer = make(model, PCGrad(generator=torch.Generator().manual_seed(3)))
+    for step in range(3):
+        optimizer.step(task_losses(model, step))
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    fresh.load_state_dict(model.state_dict())
+    resumed = make(fresh, PCGrad(generator=torch.Generator().manual_seed(4)))
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    weights = []
+    for step in range(3, 13):
+        weights.append(optimizer.step(task_losses(model, step)).weights)
+        assert torch.equal(resumed.step(task_losses(fresh, step)).weights, weights[-1])
+    assert_equal(values_of(model), values_of(fresh))
+
+
+def test_generator_state_that_does_not_fit_the_weighting():
+    model = Net()
+    optimizer = make(model, PCGrad(generator=torch.Generator().manual_seed(3)))
+    saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="pass generator="):
+        make(model, PCGrad()).load_state_dict(saved)
+    without = dict(saved, multitask={"tasks": None, "weighting": {}})  # as saved by an optimizer without a generator's state
+    before = optimizer.weighting.generator.get_state()
+    optimizer.load_state_dict(without)
+    assert torch.equal(optimizer.weighting.generator.get_state(), before)
 
 
 def test_state_dict_is_the_inner_one_plus_one_entry_and_loads_both_ways():

@@ -61,18 +61,6 @@ def test_both_sources_give_equal_bits():
     assert_equal(*results)
 
 
-def test_parameters_default_to_shared():
-    model, explicit = Net(), Net()
-    default = MultiTaskOptimizer(sgd(model))
-    info = default.backward(task_losses(model))
-    expected = MultiTaskOptimizer(sgd(explicit), "mean", shared=explicit.parameters()).backward(task_losses(explicit))
-
-    assert torch.equal(info.gram, expected.gram)
-    assert_equal(grads_of(model), grads_of(explicit))
-    own = torch.autograd.grad(task_losses(model)["a"], model.heads["a"].weight)[0]
-    assert_near([model.heads["a"].weight.grad], [own / 3])
-
-
 def test_heads_given_equal_heads_found_from_the_graph():
     found, given = Net(), Net()
     make(found, Tracking()).backward(task_losses(found))
@@ -239,7 +227,7 @@ def test_first_dict_fixes_the_tasks_and_sequences_are_numbered():
 
 def test_parameter_that_only_the_absent_task_reaches_stays_none_even_if_shared():
     model = Net()
-    optimizer = MultiTaskOptimizer(sgd(model), tasks=TASKS)
+    optimizer = MultiTaskOptimizer(sgd(model), shared=model.parameters(), tasks=TASKS)
     optimizer.backward(task_losses(model, tasks=("a", "b")))
     assert grads_of(model.heads["c"]) == [None, None]
 

@@ -35,7 +35,10 @@ def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[
         tasks = tasks or tuple(losses)
         unknown = [task for task in losses if task not in tasks]
         if unknown:
-            raise ValueError(f"losses has the unknown task {unknown[0]!r}; the tasks are {', '.join(map(repr, tasks))}.")
+            raise ValueError(
+                f"losses has the unknown task {unknown[0]!r}; the tasks are {', '.join(map(repr, tasks))}. Pass "
+                "tasks=[...] at construction where the first batch may lack a task."
+            )
         ordered = [losses.get(task) for task in tasks]
     elif isinstance(losses, (list, tuple)):
         tasks = tasks or tuple(range(len(losses)))

@@ -9,11 +9,23 @@ from torch import Tensor
 
 from .. import ops
 from ..distributed import check_single_process
-from ..gradients import SOURCES, Rows, Source, add_to_grad, check_graph, combine_own, task_gradients, update_buffers
+from ..gradients import (
+    SOURCES,
+    Rows,
+    Source,
+    add_to_grad,
+    check_grads,
+    check_graph,
+    check_hooks,
+    combine_own,
+    task_gradients,
+    update_buffers,
+)
 from ..weightings import Weighting, as_weighting
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, order_losses, task_names
 from .roles import Roles, Task
+from .skip import SkipFlag
 from .undo import Snapshot, load_buffers
 from .wrapper import WrappedOptimizer, with_step_hooks
 
@@ -32,9 +44,12 @@ class MultiTaskOptimizer(WrappedOptimizer):
     Args:
         optimizer: the torch optimizer that applies the update; ``.optimizer`` afterwards.
         weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device.
-        shared: the shared parameters. None: every parameter of the optimizer that is not in ``heads``.
+        shared: the shared parameters. None with ``heads``: every parameter of the optimizer that is not in them. None without:
+            what two or more tasks reach in the first ``backward``, which must have every task; the others belong to the task
+            that reaches them. With one task in all, everything is shared. Parameters that are added or unfrozen later are told
+            apart by the next ``backward`` in the same way. Roles are no part of the state dict.
         heads: {task: parameters}. A parameter in neither ``shared`` nor ``heads`` belongs to the task whose graph reaches it,
-            and gets the sum where several do. That needs eager mode; name every head of a compiled model.
+            and gets the sum where several do. What is found from graphs needs eager mode: of a compiled model name all.
         tasks: the task names. None: fixed by the keys of the first dict, or by the number of losses of the first sequence.
         per: one set of weights for the ``"model"``, or one for each shared ``"tensor"``.
         max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. With
@@ -89,7 +104,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     def _forget(self) -> None:
         """Drops what belongs to the update in progress."""
-        self._skip: Tensor | None = None  # bool scalar: the update in .grad is not finite
+        self._skip = SkipFlag()
         self._info: StepInfo | None = None
 
     # --- the update ------------------------------------------------------------------------------------------------------
@@ -115,28 +130,38 @@ class MultiTaskOptimizer(WrappedOptimizer):
             return self._backward(losses, scaler, accumulate=True, kept=before)
 
     @overload  # type: ignore[override]  # losses instead of a closure that returns a number
-    def step(self, losses: None = None) -> None: ...
+    def step(self, losses: None = None, *, closure: None = None) -> None: ...
 
     @overload
-    def step(self, losses: Losses | Callable[[], Losses]) -> StepInfo: ...
+    def step(self, losses: Losses | Callable[[], Losses], *, closure: None = None) -> StepInfo: ...
+
+    @overload
+    def step(self, losses: None = None, *, closure: Callable[[], Losses]) -> StepInfo: ...
 
     @with_step_hooks
-    def step(self, losses: Losses | Callable[[], Losses] | None = None) -> StepInfo | None:
+    def step(
+        self, losses: Losses | Callable[[], Losses] | None = None, *, closure: Callable[[], Losses] | None = None
+    ) -> StepInfo | None:
         """One optimization step.
 
         Args:
             losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them. None: steps
                 from ``.grad`` as :meth:`backward` or the caller left it.
+            closure: the closure under the name that callers of torch optimizers use.
 
         Returns:
             The update's info; None without losses.
 
         Raises:
-            As :meth:`backward`. An exception of the inner optimizer's step puts ``.grad`` and the weighting's state back;
-            what that step had changed by then stays changed.
+            As :meth:`backward`, and a ``ValueError`` for both losses and a closure. An exception of the inner optimizer's
+            step puts ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
         """
+        if closure is not None:
+            if losses is not None:
+                raise ValueError("losses and closure are both given; pass one of them.")
+            losses = closure
         if losses is None:
-            reads = self._step_inner(self._skip)
+            reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
             self._forget()
@@ -146,7 +171,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 losses = losses()
         with self._undone_on_error() as before:
             info = self._backward(losses, None, accumulate=False, kept=before)
-            info.host_reads += self._step_inner(self._skip)
+            info.host_reads += self._step_inner(self._skip.on_device())
         self._forget()
         return info
 
@@ -160,34 +185,41 @@ class MultiTaskOptimizer(WrappedOptimizer):
         Args:
             param_group: as for any optimizer.
             shared: whether its parameters are shared; otherwise they belong to the tasks that reach them. None: shared
-                when ``shared`` was None at construction.
+                when ``heads`` alone was given at construction, told apart by the next ``backward`` when neither was.
         """
+        roles = self._roles.refreshed(self.params)
         self.optimizer.add_param_group(param_group)
-        self._roles.add(self.params, shared)
+        self._roles = roles.refreshed(self.params, shared)
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
         tasks, ordered = order_losses(losses, self.tasks)
         self._check_heads(tasks)
         params = self.params
         check_single_process()
-        if len(params) != self._roles.num_held:
+        roles = self._roles.refreshed(params)  # the inner optimizer's groups may have changed
+        if roles is not self._roles:
             check_single_process(params)
-            self._roles.add(params)  # a group was added to the inner optimizer
-        check_graph(ordered, self.gradients, by_reach=any(p.requires_grad for p in self._roles.found))
+        by_reach = any(p.requires_grad for p in roles.found)
+        check_graph(ordered, self.gradients, by_reach, undecided=len(tasks) > 1 and bool(roles.pending()))
+        if self.gradients == "autograd":
+            check_hooks(params, self.name_of)
+        if accumulate:
+            check_grads(params, self.name_of)
+        self._roles = roles = roles.decided(ordered)
         scale = None
         scaled = ordered
         if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
             raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
         if scaler is not None and scaler.is_enabled():
-            if self.on_nonfinite == "drop_task":
+            if self.on_nonfinite != "skip":
                 raise ValueError(
-                    'on_nonfinite="drop_task" hides an overflow from the scaler, whose scale would never go down; '
+                    f'on_nonfinite="{self.on_nonfinite}" keeps an overflow from the scaler, whose scale would never go down; '
                     'pass on_nonfinite="skip" to train with a GradScaler.'
                 )
             scaled = [None if loss is None else scaler.scale(loss) for loss in ordered]
             scale = scaler.scale(torch.ones((), device=self.device))  # the factor, without a host read
-        shared = self._roles.shared
-        own, own_of_task = self._roles.own(tasks)
+        shared = roles.shared
+        own, own_of_task = roles.own(tasks)
         shared_rows, own_rows = self._rows(scaled, shared, own, own_of_task)
         if all(loss is not None for loss in ordered):
             self._check_reached(shared_rows, shared)
@@ -195,20 +227,21 @@ class MultiTaskOptimizer(WrappedOptimizer):
             info, applied, own_weights = self._solve(tasks, ordered, shared_rows, own_rows, own, scale, kept)
             buffers = update_buffers(shared_rows, shared)
             ops.combine(shared_rows, applied, out=buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            shows_nan = _first_written(shared, buffers)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
             own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
             if not accumulate:
+                self._skip = SkipFlag()
                 for param in params:
                     param.grad = None
-            if self._skip is not None and all(p.grad is None for p in params):
-                self._skip = None  # .grad was cleared since
             add_to_grad([*shared, *own], [*buffers, *own_buffers])
         self.tasks = tasks
         self._info = info
         if scale is not None or self.on_nonfinite == "raise":
-            self._skip = None  # the scaler decides, or it has been decided
-        else:
-            self._skip = info.skipped if self._skip is None else self._skip | info.skipped
+            self._skip = SkipFlag()  # the scaler decides, or it has been decided
+        elif shows_nan is not None:
+            self._skip = self._skip.with_update(shows_nan, info.skipped)
         return info
 
     def _check_heads(self, tasks: Sequence[Task]) -> None:
@@ -233,7 +266,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         for param, column in zip(shared, zip(*rows, strict=True), strict=True):
             if column[0] is None and param.requires_grad and all(row is None for row in column):
                 raise ValueError(
-                    f"no loss reaches the shared {self._name(param)}; leave it out of shared, freeze it with "
+                    f"no loss reaches the shared {self.name_of(param)}; leave it out of shared, freeze it with "
                     'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
                 )
 
@@ -274,12 +307,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
             weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
         else:
             weights = self.weighting(clean, losses=values)
-        if weights.shape != gram.shape[:-1]:
-            raise ValueError(
-                f"weighting {type(self.weighting).__name__} returned weights of shape {tuple(weights.shape)}; a Gram of shape "
-                f"{tuple(gram.shape)} takes {tuple(gram.shape[:-1])}."
-            )
-
         own_weights = active.double()
         update = UpdateNorm(clean, weights, own_gram, own_weights, pair)
         info = StepInfo(tasks, values, gram, weights, active, update)
@@ -293,7 +320,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             applied, own_weights = applied * factor, own_weights * factor
         if self.on_nonfinite != "raise":
             info.skipped = ~usable
-            applied = torch.where(usable, applied, torch.nan)  # a skipped update shows in .grad, where a GradScaler looks
+            # A skipped update shows in .grad, where a GradScaler and SkipFlag look.
+            applied, own_weights = (torch.where(usable, w, torch.nan) for w in (applied, own_weights))
             kept.restore_buffers_unless(usable)
         return info, applied, own_weights
 
@@ -305,7 +333,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 for param, grad in zip(params, row, strict=True):
                     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
                         raise ValueError(
-                            f"the gradient of task {task!r} for the {self._name(param)} is {grad.layout}, {grad.dtype}; the "
+                            f"the gradient of task {task!r} for the {self.name_of(param)} is {grad.layout}, {grad.dtype}; the "
                             "optimizer takes dense, real ones: build the layer with sparse=False, or on torch.view_as_real."
                         ) from None
             raise
@@ -324,22 +352,13 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def _undone_on_error(self) -> Iterator[Snapshot]:
         """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
         before = Snapshot(self.params, self.weighting)
-        own = self.tasks, self._skip, self._info
+        own = self.tasks, self._skip, self._info, self._roles
         try:
             yield before
         except BaseException:
             before.restore()
-            self.tasks, self._skip, self._info = own
+            self.tasks, self._skip, self._info, self._roles = own
             raise
-
-    def _name(self, param: Tensor) -> str:
-        for g, group in enumerate(self.param_groups):
-            for n, other in enumerate(group["params"]):
-                if other is param:
-                    names = group.get("param_names")
-                    place = repr(names[n]) if names else f"param_groups[{g}]['params'][{n}]"
-                    return f"parameter {place} of shape {tuple(param.shape)}"
-        return f"parameter of shape {tuple(param.shape)}"
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -367,6 +386,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f"the state dict has the tasks {names} instead of {self.tasks}; pass tasks={list(names)}.")
         self._check_heads(names)
         self.tasks = names
+
+
+def _first_written(params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Tensor | None:
+    return next((p for p, b in zip(params, buffers, strict=True) if b is not None and b.numel()), None)
 
 
 def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:

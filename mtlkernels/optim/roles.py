@@ -1,21 +1,28 @@
 """Which parameters are shared, which are heads, and which the graph tells apart."""
 
+import copy
+import operator
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ..gradients import graph_leaves
 
 Task = Hashable
 """A task's name; its index where losses come as a sequence."""
 
 
 class Roles:
-    """The role of every parameter an optimizer holds.
+    """The role of every parameter an optimizer holds. Methods that change roles return a new object.
 
     Attributes:
+        held: the parameters of the optimizer, in the order of its groups.
         shared: N parameters that get the combined gradient.
         heads: task -> parameters that get that task's gradient.
         found: the others. Each gets the gradient of the task that reaches it, the sum where several do.
+        undecided: to become shared or found by the graphs of the next batch, see :meth:`decided`.
     """
 
     def __init__(
@@ -24,25 +31,69 @@ class Roles:
         """Raises a ``ValueError`` for a parameter that the optimizer does not hold, or one that is both shared and a head."""
         if heads is not None and not isinstance(heads, Mapping):
             raise ValueError(f"heads is a {type(heads).__name__}; pass a dict {{task: parameters}}.")
+        self.held = list(held)
         self.heads = {task: _parameters(params, f"heads[{task!r}]", held) for task, params in (heads or {}).items()}
         in_heads = {id(p) for params in self.heads.values() for p in params}
-        self.by_default_shared = shared is None
-        self.shared = [p for p in held if id(p) not in in_heads] if shared is None else _parameters(shared, "shared", held)
+        self.shared = [] if shared is None else _parameters(shared, "shared", held)
         for n, param in enumerate(self.shared):
             if id(param) in in_heads:
                 raise ValueError(f"shared[{n}], of shape {tuple(param.shape)}, is also in heads; list it in one of them.")
-        known = in_heads | {id(p) for p in self.shared}
-        self.found = [p for p in held if id(p) not in known]
-        self.num_held = len(held)
+        self.found: list[Tensor] = []
+        self.undecided: list[Tensor] = []
+        if shared is not None:
+            self._of_others = "found"
+        else:
+            self._of_others = "undecided" if heads is None else "shared"
         self._own: dict[tuple[Task, ...], tuple[list[Tensor], list[list[int]]]] = {}  # by task names
+        self._add_others(self._of_others)
 
-    def add(self, held: Sequence[Tensor], shared: bool | None = None) -> None:
-        """Gives the parameters of ``held`` that are new a role: shared, or found from the graph. None: as at construction."""
-        known = {id(p) for params in (self.shared, self.found, *self.heads.values()) for p in params}
-        new = [p for p in held if id(p) not in known]
-        (self.shared if shared or (shared is None and self.by_default_shared) else self.found).extend(new)
-        self.num_held = len(held)
-        self._own.clear()
+    def refreshed(self, held: Sequence[Tensor], shared: bool | None = None) -> "Roles":
+        """The roles of the parameters held now; this object where nothing changed.
+
+        A parameter in the place of one that is gone, among as many as before, takes its role. Any other new one is shared,
+        found from the graph, or (None) what one that the arguments do not name is at construction.
+        """
+        if len(held) == len(self.held) and all(map(operator.is_, held, self.held)):
+            return self
+        result = copy.copy(self)
+        now, before = {id(p) for p in held}, {id(p) for p in self.held}
+        kept = {id(p): p for p in self.held if id(p) in now}
+        if len(held) == len(self.held):
+            pairs = zip(self.held, held, strict=True)
+            kept |= {id(old): new for old, new in pairs if id(old) not in now and id(new) not in before}
+        result.held, result._own = list(held), {}
+        result.heads = {task: _kept(params, kept) for task, params in self.heads.items()}
+        result.shared, result.found, result.undecided = (_kept(p, kept) for p in (self.shared, self.found, self.undecided))
+        result._add_others(self._of_others if shared is None else "shared" if shared else "found")
+        return result
+
+    def pending(self) -> list[Tensor]:
+        """The undecided parameters that require grad; a frozen one has no place in a graph and stays undecided."""
+        return [p for p in self.undecided if p.requires_grad]
+
+    def decided(self, losses: Sequence[Tensor | None]) -> "Roles":
+        """Decides the pending parameters: shared where two or more tasks reach them or there is only one task, else found.
+
+        Raises:
+            ValueError: a task is absent.
+        """
+        pending = self.pending()
+        if not pending:
+            return self
+        if any(loss is None for loss in losses):
+            raise ValueError(
+                "losses lacks a task, and shared parameters are told from heads by the first batch, which must have every task "
+                "(and so must the next one after parameters are added or unfrozen); pass shared=parameters or "
+                "heads={task: parameters}, or start with a full batch, with tasks=[...] to name its tasks."
+            )
+        reached = Counter(leaf for loss in losses if loss is not None for leaf in graph_leaves(loss))
+        result = copy.copy(self)
+        to_share = {id(p) for p in pending if len(losses) == 1 or reached[id(p)] > 1}
+        result.shared = self.shared + [p for p in pending if id(p) in to_share]
+        result.found = self.found + [p for p in pending if id(p) not in to_share]
+        result.undecided = [p for p in self.undecided if not p.requires_grad]
+        result._own = {}
+        return result
 
     def own(self, tasks: tuple[Task, ...]) -> tuple[list[Tensor], list[list[int]]]:
         """The M parameters that are not shared, and for each task which of them may get its gradient."""
@@ -50,10 +101,20 @@ class Roles:
             self._own[tasks] = self._find_own(tasks)
         return self._own[tasks]
 
+    def _add_others(self, role: str) -> None:
+        """Gives the held parameters that have no role yet one: ``"shared"``, ``"found"`` or ``"undecided"``."""
+        known = {id(p) for params in (self.shared, self.found, self.undecided, *self.heads.values()) for p in params}
+        others = {id(p): p for p in self.held if id(p) not in known}
+        setattr(self, role, [*getattr(self, role), *others.values()])
+
     def _find_own(self, tasks: tuple[Task, ...]) -> tuple[list[Tensor], list[list[int]]]:
         params = list({id(p): p for group in (self.found, *self.heads.values()) for p in group}.values())
         index = {id(p): m for m, p in enumerate(params)}
         return params, [list(dict.fromkeys(index[id(p)] for p in (*self.found, *self.heads.get(task, ())))) for task in tasks]
+
+
+def _kept(params: Sequence[Tensor], kept: Mapping[int, Tensor]) -> list[Tensor]:
+    return [kept[id(p)] for p in params if id(p) in kept]
 
 
 def _parameters(params: Iterable[Tensor], argument: str, held: Sequence[Tensor]) -> list[Tensor]:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Snapshot:
-    """The ``.grad`` references of parameters and the buffers of a module, as they are now.
+    """The ``.grad`` references of parameters, the buffers of a module and the state of its random generators, as they are now.
 
-    Buffers are copied (they are K x K or smaller); gradients are not, so they must not be written in place before everything
-    that can fail has run.
+    A submodule's generator is its attribute ``generator``. Buffers are copied (they are K x K or smaller); gradients are not,
+    so they must not be written in place before everything that can fail has run.
     """
 
     def __init__(self, params: Sequence[Tensor], module: torch.nn.Module) -> None:
@@ -19,12 +19,17 @@ class Snapshot:
             (owner, dict(owner._buffers), {name: b.clone() for name, b in owner._buffers.items() if b is not None})
             for owner in module.modules()
         ]
+        generators = [getattr(owner, "generator", None) for owner in module.modules()]
+        self._generators = [(g, g.get_state()) for g in generators if isinstance(g, torch.Generator)]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts everything back."""
+        for generator, state in self._generators:
+            generator.set_state(state)
         for param, grad in self._grads:
-            param.grad = grad
+            if param.grad is not grad:  # an odd one that torch would refuse to set again stays
+                param.grad = grad
         for module, buffers, copies in self._buffers:
             for name, copy in copies.items():
                 buffers[name].copy_(copy)  # type: ignore[union-attr]

@@ -115,6 +115,16 @@ class WrappedOptimizer(torch.optim.Optimizer):
                 return group["params"][0].device
         return torch.device("cpu")
 
+    def name_of(self, param: Tensor) -> str:
+        """What messages call a parameter: its name where the optimizer knows it, otherwise its place, and its shape."""
+        for g, group in enumerate(self.param_groups):
+            for n, other in enumerate(group["params"]):
+                if other is param:
+                    names = group.get("param_names")
+                    place = repr(names[n]) if names else f"param_groups[{g}]['params'][{n}]"
+                    return f"parameter {place} of shape {tuple(param.shape)}"
+        return f"parameter of shape {tuple(param.shape)}"
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 

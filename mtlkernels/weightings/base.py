@@ -29,8 +29,8 @@ class Weighting(torch.nn.Module):
             float64 [..., K].
 
         Raises:
-            ValueError: ``gram`` is not [..., K, K], ``active``, ``losses`` or ``seed`` does not fit it, or a method's own
-                requirement is not met.
+            ValueError: ``gram`` is not [..., K, K], ``active``, ``losses`` or ``seed`` does not fit it, a method's own
+                requirement is not met, or a subclass returned anything else than [..., K].
         """
         check_gram(gram)
         num_tasks = gram.shape[-1]
@@ -44,10 +44,20 @@ class Weighting(torch.nn.Module):
                 f"seed is {seed.dtype} of shape {tuple(seed.shape)}; pass one int64, for example torch.tensor([0])."
             )
         if active is None:
-            return self.weights(gram, None, losses, seed)
+            return self._checked(self.weights(gram, None, losses, seed), gram)
         active = _check_active(active, gram)
         gram = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), gram, 0.0)
-        return torch.where(active, self.weights(gram, active, losses, seed), 0.0)
+        return torch.where(active, self._checked(self.weights(gram, active, losses, seed), gram), 0.0)
+
+    def _checked(self, weights: Tensor, gram: Tensor) -> Tensor:
+        name, shape = type(self).__name__, tuple(gram.shape[:-1])
+        if not isinstance(weights, Tensor):
+            raise ValueError(f"{name} returned a {type(weights).__name__} as weights; return a tensor of shape {shape}.")
+        if weights.shape != shape:
+            raise ValueError(
+                f"{name} returned weights of shape {tuple(weights.shape)}; a Gram of shape {tuple(gram.shape)} takes {shape}."
+            )
+        return weights.double()
 
     def weights(self, gram: Tensor, active: Tensor | None, losses: Tensor | None, seed: Tensor | None) -> Tensor:
         """The method itself.

@@ -1,5 +1,7 @@
 """Gradient surgery by projecting conflicting gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,9 @@ class PCGrad(Weighting):
     Args:
         order: int64 [K, S]: row i lists the tasks that gradient i is taken off, in order; a task skips itself. Or [S], the same
             for every row. None: random orders.
-        generator: draws one seed per call; None: torch's default generator. Inside a compiled graph a generator cannot be
-            used: pass ``seed``.
+        generator: draws one seed per call, a skipped update's included; None: torch's default generator. Its state is part of
+            ``state_dict``, so that a resumed run draws the same orders. Inside a compiled graph a generator cannot be used:
+            pass ``seed``.
 
     Raises:
         ValueError: ``order`` is not [K, S] or [S] of task indices, or both ``order`` and ``generator`` are given.
@@ -51,6 +54,22 @@ class PCGrad(Weighting):
             )
         order = self.order.to(gram.device).expand(*gram.shape[:-1], self.order.shape[-1])
         return torch.ops.mtlkernels.projection_coefficients(gram, order, True).sum(-2)
+
+    def get_extra_state(self) -> Tensor | None:
+        """The generator's state, uint8; None without one."""
+        return None if self.generator is None else self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor | None) -> None:
+        """Raises a ``ValueError`` for a generator's state where there is no generator; None leaves it as it is."""
+        if state is None:
+            return
+        if self.generator is None:
+            raise ValueError("the state dict holds a generator's state; pass generator=torch.Generator(...) to go on with it.")
+        self.generator.set_state(state.cpu())  # a checkpoint may have been mapped to another device
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", None)  # one without a generator's state loads, too
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def draw_seed(self, device: torch.device) -> Tensor:
         """One int64 on ``device``, from the generator."""

@@ -1,0 +1,28 @@
+"""The flag that makes the next step skip an update that was not finite."""
+
+from torch import Tensor
+
+
+class SkipFlag:
+    """Which of the updates accumulated in ``.grad`` were not finite, for as long as their NaN is there. Immutable.
+
+    A skipped update fills every combined ``.grad`` with NaN, which accumulating and clipping keep and clearing removes, however
+    it is done. So each flag counts only while the first element of one such ``.grad`` is NaN; that is read on the device.
+    """
+
+    def __init__(self, flags: dict[Tensor, Tensor] | None = None) -> None:
+        self._flags = flags or {}  # parameter that shows the NaN -> bool scalar
+
+    def with_update(self, param: Tensor, skipped: Tensor) -> "SkipFlag":
+        """This flag and another update's, whose NaN shows in ``param.grad``."""
+        earlier = self._flags.get(param)
+        return SkipFlag({**self._flags, param: skipped if earlier is None else earlier | skipped})
+
+    def on_device(self) -> Tensor | None:
+        """Whether to skip, a bool scalar on the device; None where no flag is left."""
+        result = None
+        for param, flag in self._flags.items():
+            if param.grad is not None:
+                current = flag & param.grad[(0,) * param.grad.dim()].isnan().to(flag.device)
+                result = current if result is None else result | current
+        return result
