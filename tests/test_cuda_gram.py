@@ -202,7 +202,13 @@ def test_compiled_code_has_no_spills_and_leaves_room_for_warps(dtype, arch):
     chunks = [f"gram_chunks<{dtype.cpp}, {k}>({TABLE}, double*)" for k in (1, 2, 3, 4, 8)]
     tiles = [f"gram_tiles<{dtype.cpp}, {k}>({TABLE}, double*)" for k in (16, 64)]
     channels = [f"gram_channels<{dtype.cpp}, {k}>({TABLE})" for k in (2, 4)]
-    for header, instances in (("gram.cuh", chunks), ("gram_tiles.cuh", tiles), ("gram_channels.cuh", channels)):
+    # Two blocks of 256 threads fit beside each other up to 128 registers. One block of tiles is enough: its loads in flight
+    # are the stages in shared memory.
+    for header, instances, bound in (
+        ("gram.cuh", chunks, 128),
+        ("gram_tiles.cuh", tiles, 168),
+        ("gram_channels.cuh", channels, 128),
+    ):
         for name, used in compile_kernels(header, *instances, arch=arch).resources().items():
             assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0, name
-            assert used["registers"] <= 136, name
+            assert used["registers"] <= bound, name
