@@ -383,3 +383,9 @@ def test_resnet50_within_1e_7(cpu_library, dtype, num_tasks):
     generator = torch.Generator().manual_seed(0)
     grads = [[torch.randn(shape, generator=generator).to(dtype) for shape in shapes] for _ in range(num_tasks)]
     assert_gram(mtl.gram(grads), grads, tolerance=1e-7)
+
+
+def test_more_elements_than_int32_counts(cpu_library):
+    size = 2**31 + 10
+    rows = [torch.full((1,), value).expand(size) for value in (1.0, 2.0)]  # one element of memory each
+    assert torch.equal(mtl.gram([[row] for row in rows]), size * torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64))
