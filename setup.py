@@ -150,7 +150,7 @@ class NinjaFile:
 
 
 def build_cpu(compiler: str, torch_root: Path, folder: Path, target: Path) -> None:
-    """``_C``: csrc/bindings, csrc/common and, per instruction set, csrc/cpu."""
+    """``_C``: csrc/bindings and, per instruction set, csrc/cpu."""
     ninja = NinjaFile(compiler, torch_root)
     sources = bindings("cpu")
     if not sources:

@@ -170,6 +170,13 @@ def test_any_schedule_gives_the_same_bits(num_rows):
         assert np.array_equal(first, problem.run(seed=seed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=repr)
+@pytest.mark.parametrize("num_rows", [9, 64])
+def test_tiles_fit_the_shared_memory_of_every_chip(dtype, num_rows):
+    _, _, dynamic = testing_module().gram_launch(DTYPES.index(dtype), num_rows)
+    assert dynamic + 8 * 64 <= 99 * 1024  # with the row pointers; sm_86, 89 and 120 have the least
+
+
 def test_resnet50_with_8_tasks_takes_two_launches():
     # 159 tensors fit in one table; stage two is the second launch.
     assert testing_module().capacity(8) >= 159

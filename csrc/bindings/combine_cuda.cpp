@@ -1,35 +1,12 @@
 // combine, combine_ and mix on CUDA: a launch per dtype (and per result of mix), on the current stream of the tensors' device.
 
-#include <torch/csrc/stable/accelerator.h>
-
-#include "../cuda/launchers.h"
 #include "combine.h"
+#include "cuda_call.h"
 
 namespace mtlkernels {
 namespace {
 
-constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
-
 constexpr int64_t kMaxTasks = 1024;  // several tensors of that many pointers still fit in one table
-
-/// The lists with every column that is not flat in memory copied to be so, and which those are.
-struct Flattened {
-  TensorList grads;
-  std::vector<Tensor> out;
-  std::vector<int64_t> columns;
-};
-
-Flattened flatten(const Columns& columns, const TensorList& grads, const std::vector<Tensor>& out) {
-  Flattened flat{grads, out, {}};
-  for (int64_t n = 0; n < columns.size(); ++n) {
-    if (columns[n].layout.dim == 0) continue;
-    flat.columns.push_back(n);
-    for (size_t i = n; i < grads.size(); i += columns.size())
-      if (grads[i]) flat.grads[i] = torch::stable::contiguous(*grads[i]);
-    for (size_t i = n; i < out.size(); i += columns.size()) flat.out[i] = torch::stable::new_empty(out[i], out[i].sizes());
-  }
-  return flat;
-}
 
 void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool per_tensor, std::vector<Tensor>& out,
          int64_t num_out) {
@@ -42,10 +19,16 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
   const Tensor table = torch::stable::contiguous(torch::stable::to(weights, torch::headeronly::ScalarType::Double));
   const double* values = static_cast<const double*>(table.const_data_ptr());
-  Flattened flat = flatten(given, grads, out);
-  const Columns columns(flat.grads, num_tasks, false, &flat.out, num_out);
-  cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(given.device_index(), &stream));
+  const TensorList flat = flat_gradients(given, grads);
+  std::vector<Tensor> targets = out;
+  std::vector<size_t> aside;  // results of columns that are not flat, copied to their places at the end
+  for (size_t i = 0; i < out.size(); ++i) {
+    if (given[int64_t(i) % given.size()].layout.dim == 0) continue;
+    targets[i] = torch::stable::new_empty(out[i], out[i].sizes());
+    aside.push_back(i);
+  }
+  const Columns columns(flat, num_tasks, false, &targets, num_out);
+  const cuda::Stream stream = current_stream(given.device_index());
 
   const int64_t num_pointers = num_tasks + 2;
   std::vector<void*> pointers(columns.size() * num_pointers);
@@ -64,8 +47,7 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool
       require(!error, error);
     }
   }
-  for (int64_t n : flat.columns)
-    for (size_t i = n; i < out.size(); i += columns.size()) torch::stable::copy_(out[i], flat.out[i]);
+  for (size_t i : aside) torch::stable::copy_(out[i], targets[i]);
 }
 
 std::vector<Tensor> combine_cuda(TensorList grads, Tensor weights) { return combine(grads, weights, run); }

@@ -1,27 +1,16 @@
 // gram on CUDA: the chunks of each dtype, then one launch that adds them in order; or a launch per dtype for channels.
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <string>
 
-#include "../cuda/launchers.h"
-#include "columns.h"
+#include "cuda_call.h"
 
 namespace mtlkernels {
 namespace {
-
-constexpr DType kDTypes[] = {DType::float32, DType::bfloat16, DType::float16, DType::float64};
 
 Tensor empty_like_device(const Tensor& model, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(model, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
                                   torch::headeronly::ScalarType::Double);
 }
-
-/// The gradients of one dtype as the plan sees them, and which columns they are.
-struct Group {
-  std::vector<PlannedTensor> tensors;
-  std::vector<int64_t> columns;
-};
 
 Tensor gram_per_channel(const Columns& columns, const Tensor& model, int64_t num_tasks, cuda::Stream stream) {
   int64_t total = 0;
@@ -53,16 +42,16 @@ Tensor gram_of_chunks(const Columns& columns, const Tensor& model, int64_t num_t
   if (per_tensor) shape.insert(shape.begin(), columns.size());
   Tensor result = empty_like_device(model, shape);
   std::vector<cuda::Slot> slots;
-  std::vector<Group> groups(4);
+  std::vector<std::vector<PlannedTensor>> groups(4);  // by dtype, as the plan sees them
   int64_t blocks = 0;
   for (DType dtype : kDTypes) {
-    Group& group = groups[int(dtype)];
+    std::vector<PlannedTensor>& group = groups[int(dtype)];
     for (int64_t n = 0; n < columns.size(); ++n) {
       if (columns[n].dtype != dtype) continue;
       const int64_t own = (columns[n].layout.numel + kDeviceChunk - 1) / kDeviceChunk;
       if (per_tensor) slots.push_back({int32_t(n), int32_t(blocks), int32_t(blocks + own)});
       blocks += own;
-      if (own > 0) group.tensors.push_back({const_cast<void* const*>(columns[n].rows), columns[n].layout.numel});
+      if (own > 0) group.push_back({const_cast<void* const*>(columns[n].rows), columns[n].layout.numel});
     }
   }
   require(blocks < (int64_t(1) << 31), "the gradients have too many elements for one call");
@@ -72,11 +61,11 @@ Tensor gram_of_chunks(const Columns& columns, const Tensor& model, int64_t num_t
   double* sums = static_cast<double*>(partials.mutable_data_ptr());
   int32_t first = 0;
   for (DType dtype : kDTypes) {
-    const Group& group = groups[int(dtype)];
-    if (group.tensors.empty()) continue;
-    const char* error = cuda::gram_chunks(dtype, group.tensors, int(num_tasks), first, sums, stream);
+    const std::vector<PlannedTensor>& group = groups[int(dtype)];
+    if (group.empty()) continue;
+    const char* error = cuda::gram_chunks(dtype, group, int(num_tasks), first, sums, stream);
     require(!error, error);
-    for (const PlannedTensor& tensor : group.tensors) first += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
+    for (const PlannedTensor& tensor : group) first += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
   }
   const char* error = cuda::gram_finish(slots, int(num_tasks), sums, static_cast<double*>(result.mutable_data_ptr()), stream);
   require(!error, error);
@@ -93,13 +82,9 @@ Tensor gram_cuda(TensorList grads, int64_t num_tasks, std::string per) {
     if (tensor && !model) model = &*tensor;
   require(model, "no task has a gradient");
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
-  TensorList flat = grads;
-  for (int64_t n = 0; n < given.size(); ++n)
-    for (size_t i = n; given[n].layout.dim != 0 && i < flat.size(); i += given.size())
-      if (flat[i]) flat[i] = torch::stable::contiguous(*flat[i]);
+  const TensorList flat = flat_gradients(given, grads);
   const Columns columns(flat, num_tasks, per_channel);
-  cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(given.device_index(), &stream));
+  const cuda::Stream stream = current_stream(given.device_index());
   return per_channel ? gram_per_channel(columns, *model, num_tasks, stream)
                      : gram_of_chunks(columns, *model, num_tasks, per_tensor, stream);
 }

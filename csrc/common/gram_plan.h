@@ -26,7 +26,8 @@ struct TileShape {
   static constexpr int tiles = tiles_per_side * (tiles_per_side + 1) / 2;
   static constexpr int slices = R == 16 ? 24 : 2;
   static constexpr int threads = (tiles * slices + 31) / 32 * 32;
-  static constexpr int quads = R == 16 ? 48 : 16;  // groups of four elements in a stage
+  // Groups of four elements in a stage; fewer of float64, so that a block fits the 99 KiB of shared memory of every chip.
+  static constexpr int quads = R == 16 ? 48 : element_bytes == 8 ? 12 : 16;
   static constexpr int elements = 4 * quads;
   static constexpr int stride = elements + 16 / element_bytes;  // of a row in shared memory: 16 bytes past its elements
   static constexpr int stages = 3;

@@ -113,13 +113,13 @@ class Gram {
         block_(block_size()),
         // Row pointers and indices, products of one block, sums of all blocks, and the blocks themselves in float64 at the
         // widest.
-        scratch_((3 * size_t(column.num_rows)) * 8 + 2 * size_t(num_left_) * num_right_ * 8 +
+        scratch_(2 * size_t(column.num_rows) * 8 + 2 * size_t(num_left_) * num_right_ * 8 +
                  size_t(column.num_rows) * block_ * 8) {
     products_ = scratch_.as<double>();
     totals_ = products_ + num_left_ * num_right_;
     index_ = reinterpret_cast<int64_t*>(totals_ + num_left_ * num_right_);
     rows_ = reinterpret_cast<const void**>(index_ + column.num_rows);
-    values_ = reinterpret_cast<double*>(rows_ + 2 * column.num_rows);
+    values_ = reinterpret_cast<double*>(rows_ + column.num_rows);
     for (int k = 0; k < column.num_rows; ++k) {
       if (!column.rows[k]) continue;
       index_[present_++] = k;

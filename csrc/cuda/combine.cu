@@ -1,6 +1,5 @@
-#include <cuda_runtime_api.h>
-
 #include "combine.cuh"
+#include "error.h"
 #include "launchers.h"
 
 namespace mtlkernels::cuda {
@@ -32,8 +31,7 @@ const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int 
   const Kernel kernel = pick(dtype, num_rows);
   for (const Launch& launch : plan_launches(tensors, num_rows + 2)) {
     kernel<<<launch.num_blocks, kCombineThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch.table);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* error = last_error()) return error;
   }
   return nullptr;
 }

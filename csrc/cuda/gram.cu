@@ -1,5 +1,4 @@
-#include <cuda_runtime_api.h>
-
+#include "error.h"
 #include "gram.cuh"
 #include "gram_channels.cuh"
 #include "gram_tiles.cuh"
@@ -35,11 +34,6 @@ ChunkKernel pick_chunks(DType dtype, int rows_class) {
 template <typename T>
 void (*pick_channels(int num_rows))(TensorTable) {
   return num_rows <= 2 ? mtlkernels::gram_channels<T, 2> : mtlkernels::gram_channels<T, 4>;
-}
-
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 #pragma once
 // Gram matrix for more than eight tasks: rows staged through shared memory, tiles of 4 x 4 pairs in registers.
 //
-// A block stages kStageElements of all R rows at a time with asynchronous copies, three stages deep. Each thread owns one tile
+// A block stages Shape::elements of all R rows at a time with asynchronous copies, three stages deep. Each thread owns one tile
 // of pairs and one slice of the elements. A tile's rows are R / 4 apart, so the threads of a warp read consecutive rows, which
 // the padded row stride puts on different banks. Sums are float32 per stage, then kept as an unevaluated sum of two float32.
 
