@@ -200,7 +200,8 @@ def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
     Returns:
         float64 [..., K]. With d the update and d_j its weights, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every
         active i. All 0 where g_0 or the minimising g_w is 0 to the precision of the Gram (a Pareto-stationary point), NaN
-        where the Gram is not finite.
+        where the Gram is not finite. Not kept for c within 1e-12 of 1 where g_w opposes g_0 exactly: the two parts of the
+        update then cancel, and what is left is rounding.
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])

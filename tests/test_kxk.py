@@ -69,7 +69,13 @@ def test_solvers_keep_their_guarantee_on_hard_grams(backend, kind, num_tasks, nu
         assert_cagrad(gram, OPS.cagrad_weights(gram, None, c), c)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.xfail(strict=True, reason="c = 1 where g_w opposes g_0: the parts of the update cancel")
+def test_cagrad_keeps_its_guarantee_where_its_parts_cancel():
+    gram = gram_of(hard_gradients("parallel_scales", 7, 1, seed=0))
+    assert_cagrad(gram, OPS.cagrad_weights(gram, None, 1.0), 1.0)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)  # the same examples everywhere: the case above is known
 @given(
     kind=st.sampled_from(KINDS),
     num_tasks=st.integers(1, 64),

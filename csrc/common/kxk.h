@@ -377,7 +377,8 @@ MTL_HOST_DEVICE inline void mgda_weights(const double* gram, int size, double* d
 /// CAGrad (Liu et al. 2021, Algorithm 1): 1 / K + c |g_0| / |g_w| w with g_0 the mean gradient and w on the simplex minimising
 /// <g_w, g_0> + c |g_0| |g_w|. All 0 where g_0 or the minimising g_w is 0 to the precision of G
 /// (a Pareto-stationary point), all NaN where G is not finite.
-/// Guarantee: with d the update, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every i, d_j its weights.
+/// Guarantee: with d the update, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every i, d_j its weights. Not kept for c
+/// within 1e-12 of 1 where g_w opposes g_0 exactly: the two parts of the update then cancel, and what is left is rounding.
 ///
 /// With v = c |g_0| / |g_w| w and u_i = n_i v_i / |g_0|, optimality reads R u + b - t / n >= 0, complementary to u >= 0, and
 /// u' R u = c^2, where R are the cosines and b_i = cos(g_i, g_0). A zero gradient keeps t from becoming positive.
