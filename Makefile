@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Small tensors everywhere: one thread a process is fastest, and makes timings comparable.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all bench lint format wheel clean FORCE
+.PHONY: demo test test-all test-gpu bench-gpu gpu bench kernels lint format wheel clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -28,6 +28,22 @@ test-all: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(ONE_THREAD) $(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
+
+# docs/kernels.md: what the CUDA kernels compile to, move and are bound by. Needs nvcc, no GPU.
+kernels: $(VENV)/installed
+	$(ONE_THREAD) $(RUN) -m benchmarks.kernels $(ARGS)
+
+# On a machine with a GPU, with $(PYTHON) and what it has: no environment is made and nothing is downloaded. It needs nvcc,
+# torch, triton, ninja, setuptools and pytest, and runs compute-sanitizer where there is one. Built for the GPU that is there.
+test-gpu: gpu
+	MTLKERNELS_GPU_TESTS=cuda $(PYTHON) -m pytest tests/gpu $(ARGS)
+
+bench-gpu: gpu
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
+
+gpu: FORCE
+	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') \
+	MTLKERNELS_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -39,8 +39,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type", "-DNDEBUG"]
-# The K x K solvers must give the device's results: no contraction of a * b + c, which nvcc is told to leave alone, too.
-FLAGS = {"csrc/bindings/kxk_cpu.cpp": ["-ffp-contract=off"]}
+# The K x K stage gives the same bits on every device: no contraction of a * b + c.
+FLAGS = {"csrc/bindings/kxk_cpu.cpp": ["-ffp-contract=off"], "csrc/cuda/kxk.cu": ["-fmad=false"]}
 
 CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 # What the CUDA binding takes from libtorch_cuda.so, which a CPU-only torch does not have.
@@ -88,6 +88,8 @@ def architecture_flags() -> str:
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if match is None:
             sys.exit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; name architectures as in {CUDA_ARCHITECTURES!r}.")
+        if int(match[1]) < 8:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST has {entry!r}; the kernels need 8.0 (Ampere) or newer. Triton's serve older GPUs.")
         number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if match[3]:
@@ -190,7 +192,8 @@ def build_cuda(compiler: str, nvcc: str, torch_root: Path, folder: Path, target:
         ninja.lines.append(f"build {quote(stub)}: stub stub.cpp")
     device_flags = f"-std=c++17 -O3 {architecture_flags()} -Xcompiler -fPIC,-fvisibility=hidden --threads 0 -DNDEBUG"
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
-        ninja.compile(source, f"{source.stem}.cu.o", device_flags, rule="nvcc")
+        flags = " ".join([device_flags, *FLAGS.get(source.relative_to(ROOT).as_posix(), [])])
+        ninja.compile(source, f"{source.stem}.cu.o", flags, rule="nvcc")
     for source in bindings("cuda") + sorted((ROOT / "csrc/common").glob("*.cpp")):
         ninja.compile(source, f"{source.stem}.o", "$torch -DUSE_CUDA")
     ninja.link(target, f" | {quote(stub)}" if torch_cuda == stub else "")
@@ -248,7 +251,9 @@ class NinjaBuild(build_ext):
         built = [Path(self.build_lib, self.get_ext_filename(ext.name)) for ext in self.extensions]
         for file in [*built, built[0].parent / "_build.json"]:
             if file.exists():
-                shutil.copyfile(file, ROOT / "mtlkernels" / file.name)
+                target = ROOT / "mtlkernels" / file.name
+                shutil.copyfile(file, target.with_suffix(".new"))
+                target.with_suffix(".new").replace(target)  # a process that has loaded the old library keeps it
 
 
 def torch_folder() -> Path:

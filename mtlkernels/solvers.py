@@ -1,8 +1,8 @@
 """The ops of the K x K stage that find weights: schema, fake and reference side by side.
 
 The references solve a whole batch at once in masked steps, on any device. Off the CPU they never read a value on the host:
-they run the step limit. The kernels (csrc/common/kxk.h) solve the same problems one at a time. Notation: K tasks, G the
-Gram, n_i = sqrt(G_ii).
+they run the step limit. The kernels (csrc/common/kxk_solvers.h) solve the same problems one at a time. Notation: K tasks, G
+the Gram, n_i = sqrt(G_ii).
 """
 
 from typing import NamedTuple

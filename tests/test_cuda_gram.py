@@ -16,7 +16,7 @@ NUM_ROWS = [1, 2, 3, 4, 5, 8, 9, 11, 16, 17, 64]
 
 
 def kernel(dtype: DType, rows_class: int) -> tuple["ptxsim.Module", str]:
-    header, name = ("gram.cuh", "gram_chunks") if rows_class <= 8 else ("gram_tiles.cuh", "gram_tiles")
+    header, name = ("gram.cuh", "gram_chunks") if rows_class <= 8 else ("gram_tensor_core.cuh", "gram_tensor_core")
     instance = f"{name}<{dtype.cpp}, {rows_class}>"
     return compile_kernels(header, f"{instance}({TABLE}, double*)"), instance
 
@@ -39,7 +39,8 @@ class Problem:
                 dtype.store(random.standard_normal(buffer.size) + 0.5 * shared, buffer)
             self.rows.append(row)
 
-    def run(self, per_tensor: bool = False, seed: int | None = None) -> np.ndarray:
+    def run(self, per_tensor: bool = False, seed: int | None = None, num_other: int = 0) -> np.ndarray:
+        """The Gram matrix, or with ``num_other`` the products of the other rows with that many at the end."""
         testing = testing_module()
         self.rows_class, threads, shared = testing.gram_launch(DTYPES.index(self.dtype), self.num_rows)
         pairs = self.rows_class * (self.rows_class + 1) // 2
@@ -66,15 +67,17 @@ class Problem:
         ]
         ends = list(itertools.accumulate(blocks))
         slots = [(0, 0, ends[-1])] if not per_tensor else [(n, ends[n] - blocks[n], ends[n]) for n in range(len(blocks))]
-        gram = ptxsim.empty((len(slots), self.num_rows, self.num_rows), dtype=np.float64)
+        num_left = self.num_rows - num_other
+        gram = ptxsim.empty((len(slots), num_left, num_other or num_left), dtype=np.float64)
         capacity = (32764 - 60) // 12
         table = np.zeros((3, capacity), dtype=np.int32)
         table[:, : len(slots)] = np.array(slots).T
+        sizes = [np.int32(self.rows_class), np.int32(num_left), np.int32(num_other)]
         finish().launch(
             "gram_finish",
-            grid=(self.num_rows * (self.num_rows + 1) // 2, len(slots)),
+            grid=(num_left * num_other or num_left * (num_left + 1) // 2, len(slots)),
             block=256,
-            args=[table.tobytes(), partials, np.int32(self.rows_class), np.int32(self.num_rows), gram],
+            args=[table.tobytes(), partials, *sizes, gram],
             outputs=[gram],
             readonly=[partials],
             **options,
@@ -90,13 +93,19 @@ class Problem:
         return np.stack(grams)
 
     def check(self, actual: np.ndarray, expected: np.ndarray) -> None:
+        self.check_block(actual, expected, 0)
+        assert np.array_equal(actual, np.swapaxes(actual, -1, -2))
+
+    def check_block(self, actual: np.ndarray, expected: np.ndarray, num_left: int) -> None:
+        """``actual`` is all of the Gram matrix ``expected``, or its first ``num_left`` rows and the columns after them."""
         norms = np.sqrt(np.diagonal(expected, axis1=-2, axis2=-1))
         scale = norms[..., :, None] * norms[..., None, :]
         # A thread sums up to 64 products in float32, a warp adds 32 of these by halving: at most 64 + 5 roundings of a sum
         # that stays below the product of the norms.
         eps = FLOAT64.eps if self.dtype is FLOAT64 else FLOAT32.eps
+        if num_left:
+            expected, scale = expected[..., :num_left, num_left:], scale[..., :num_left, num_left:]
         assert (np.abs(actual - expected) <= 70 * eps * scale + 1e-300).all()
-        assert np.array_equal(actual, np.swapaxes(actual, -1, -2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)
@@ -172,7 +181,7 @@ def test_any_schedule_gives_the_same_bits(num_rows):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)
 @pytest.mark.parametrize("num_rows", [9, 64])
-def test_tiles_fit_the_shared_memory_of_every_chip(dtype, num_rows):
+def test_totals_fit_the_shared_memory_of_every_chip(dtype, num_rows):
     _, _, dynamic = testing_module().gram_launch(DTYPES.index(dtype), num_rows)
     assert dynamic + 8 * 64 <= 99 * 1024  # with the row pointers; sm_86, 89 and 120 have the least
 
@@ -183,39 +192,126 @@ def test_resnet50_with_8_tasks_takes_two_launches():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 9])
-@pytest.mark.parametrize("rest", [1, 3, 32, 100])
+@pytest.mark.parametrize(("num_left", "num_other"), [(1, 1), (2, 3), (5, 4), (9, 13)])
+def test_cross(dtype, num_left, num_other):
+    problem = Problem(dtype, num_left + num_other, [7, CHUNK + 9])
+    problem.rows[0][0] = problem.rows[-1][1] = None
+    expected = problem.expected()
+    for per_tensor in (False, True):
+        actual = problem.run(per_tensor=per_tensor, num_other=num_other)
+        problem.check_block(actual, expected if per_tensor else expected.sum(0), num_left)
+
+
+# Terms that a thread sums without float64: equal gradients round the same way at every step, so the errors of a chain add up.
+# It is at most 12 terms long (a quad of products, then up to 16 of these), 5 more for the lanes of a warp; on the tensor cores,
+# where a sum is cut off rather than rounded, 8 to 16 at twice the error.
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=repr)
+@pytest.mark.parametrize("num_rows", [2, 8, 11, 17])
+def test_equal_gradients_lose_little(dtype, num_rows):
+    problem = Problem(dtype, num_rows, [CHUNK])
+    for row in problem.rows:
+        dtype.store(np.full(CHUNK, 0.1234567), row[0])
+    actual, expected = problem.run(), problem.expected()[0]
+    assert np.abs(actual / expected - 1).max() <= 3e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=repr)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8, 9, 17])
+@pytest.mark.parametrize("rest", [1, 3, 32, 100, 260])
 def test_channels(dtype, num_rows, rest):
-    channels = [1, 7, 33]
-    problem = Problem(dtype, num_rows, [count * rest for count in channels])
+    problem, channels = channel_problem(dtype, num_rows, [1, 7, 33], rest)
     problem.rows[-1][1] = None
-    rows = 2 if num_rows <= 2 else 4
-    module = compile_kernels("gram_channels.cuh", f"gram_channels<{dtype.cpp}, {rows}>({TABLE})")
-    out = [ptxsim.empty((count, num_rows, num_rows), dtype=np.float64) for count in channels]
-    pointers = [[address(row[n]) for row in problem.rows] + [address(out[n]), rest] for n in range(3)]
+    check_channels(problem, channels, rest)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=repr)
+@pytest.mark.parametrize("num_rows", [2, 8, 11])
+def test_long_channels_lose_little(dtype, num_rows):
+    problem, channels = channel_problem(dtype, num_rows, [1], 20003)
+    for row in problem.rows:
+        dtype.store(np.full(20003, 0.1234567), row[0])
+    out = [ptxsim.empty((1, num_rows, num_rows), dtype=np.float64)]
+    check_channels(problem, channels, 20003, out=out)
+    # Equal terms, as above. Pairs of different groups of tasks have chains of 16 products.
+    assert np.abs(out[0] / problem.expected() - 1).max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=repr)
+@pytest.mark.parametrize(("num_left", "num_other"), [(1, 1), (3, 2), (5, 7)])
+def test_cross_channels(dtype, num_left, num_other):
+    problem, channels = channel_problem(dtype, num_left + num_other, [3, 9], 40)
+    problem.rows[0][1] = None
+    check_channels(problem, channels, 40, num_other)
+
+
+@pytest.mark.parametrize("num_rows", [2, 8, 11])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e25])
+def test_channels_outside_float32(num_rows, size):
+    problem, channels = channel_problem(FLOAT32, num_rows, [5, 9], 40)
+    for k, row in enumerate(problem.rows):
+        for buffer in row:
+            buffer *= np.float32(size if k else 1.0)
+    problem.rows[0][0][:] = 0
+    check_channels(problem, channels, 40)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=repr)
+@pytest.mark.parametrize("num_rows", [2, 4, 8])
+def test_channels_read_each_byte_once(dtype, num_rows):
+    problem, channels = channel_problem(dtype, num_rows, [64], 512)
+    report = check_channels(problem, channels, 512)
+    for row in problem.rows:
+        assert report.alloc(row[0]).load_bytes == row[0].nbytes
+        assert report.alloc(row[0]).load_sectors == row[0].nbytes // 32
+
+
+def channel_problem(dtype, num_rows, channels, rest):
+    return Problem(dtype, num_rows, [count * rest for count in channels]), channels
+
+
+def check_channels(
+    problem: Problem, channels: list[int], rest: int, num_other: int = 0, out: list[np.ndarray] | None = None
+) -> "ptxsim.Report":
+    """Runs the kernel and compares with float64."""
+    dtype, num_rows = problem.dtype, problem.num_rows
+    num_left = num_rows - num_other
+    rows_class = next(k for k in (2, 4, 8, 64) if num_rows <= k)
+    instance = f"gram_channels<{dtype.cpp}, {rows_class}>"
+    module = compile_kernels("gram_channels.cuh", f"{instance}({TABLE}, int32_t)")
+    out = out or [ptxsim.empty((count, num_left, num_other or num_left), dtype=np.float64) for count in channels]
+    pointers = [[address(row[n]) for row in problem.rows] + [address(out[n]), rest] for n in range(len(channels))]
     ((table, blocks),) = testing_module().plan(pointers, channels, num_rows + 2, 32)
     read = [buffer for row in problem.rows for buffer in row if buffer is not None]
-    module.launch(f"gram_channels<{dtype.cpp}, {rows}>", blocks, 256, [table], mem=[*read, *out], outputs=out, readonly=read)
+    arguments = [table, np.int32(num_other)]
+    report = module.launch(instance, blocks, 128, arguments, mem=[*read, *out], outputs=out, readonly=read)
     for n, count in enumerate(channels):
         stacked = np.stack(
             [np.zeros((count, rest)) if row[n] is None else dtype.load(row[n]).reshape(count, rest) for row in problem.rows]
         )
-        problem.check(out[n], np.einsum("icr,jcr->cij", stacked, stacked))
+        expected = np.einsum("icr,jcr->cij", stacked, stacked)
+        if num_other:
+            problem.check_block(out[n], expected, num_left)
+        else:
+            problem.check(out[n], expected)
+    return report
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16, FLOAT64], ids=repr)
+@pytest.mark.parametrize("dtype", DTYPES, ids=repr)
 def test_compiled_code_has_no_spills_and_leaves_room_for_warps(dtype, arch):
-    chunks = [f"gram_chunks<{dtype.cpp}, {k}>({TABLE}, double*)" for k in (1, 2, 3, 4, 8)]
-    tiles = [f"gram_tiles<{dtype.cpp}, {k}>({TABLE}, double*)" for k in (16, 64)]
-    channels = [f"gram_channels<{dtype.cpp}, {k}>({TABLE})" for k in (2, 4)]
-    # Two blocks of 256 threads fit beside each other up to 128 registers. One block of tiles is enough: its loads in flight
-    # are the stages in shared memory.
-    for header, instances, bound in (
-        ("gram.cuh", chunks, 128),
-        ("gram_tiles.cuh", tiles, 168),
-        ("gram_channels.cuh", channels, 128),
+    chunks = {f"gram_chunks<{dtype.cpp}, {k}>({TABLE}, double*)": 128 for k in (1, 2, 3, 4, 8)}
+    tensor_core = {f"gram_tensor_core<{dtype.cpp}, {k}>({TABLE}, double*)": 128 if k == 16 else 255 for k in (16, 64)}
+    rooms = {2: 64, 4: 128, 8: 168, 64: 255}
+    channels = {f"gram_channels<{dtype.cpp}, {k}>({TABLE}, int32_t)": bound for k, bound in rooms.items()}
+    # Two blocks of 256 threads fit beside each other up to 128 registers.
+    for header, instances in (
+        ("gram.cuh", chunks),
+        ("gram_tensor_core.cuh", tensor_core),
+        ("gram_channels.cuh", channels),
     ):
-        for name, used in compile_kernels(header, *instances, arch=arch).resources().items():
-            assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0, name
-            assert used["registers"] <= bound, name
+        module = compile_kernels(header, *instances, arch=arch)
+        resources = module.resources()
+        for instance, bound in instances.items():
+            used = resources[module.find(instance[: instance.index("(")])]
+            assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0, instance
+            assert used["registers"] <= bound, instance

@@ -106,6 +106,13 @@ Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, con
   for (int64_t n = 0; n < num_columns; ++n) add(grads, n, num_columns, num_tasks, row_major, out);
 }
 
+bool Columns::same_device(const Tensor& tensor) const {
+  int32_t type = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  return type == device_type_ && index == device_index_;
+}
+
 void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,
                   const std::vector<Tensor>* out) {
   std::vector<View> views;

@@ -42,6 +42,7 @@ class Columns {
   int64_t total_elements() const { return total_elements_; }
   /// Index of the device that all tensors are on.
   int32_t device_index() const { return device_index_; }
+  bool same_device(const Tensor& tensor) const;
 
  private:
   void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,

@@ -1,4 +1,6 @@
-// combine, combine_ and mix on CUDA: a launch per dtype (and per result of mix), on the current stream of the tensors' device.
+// combine, combine_ and mix on CUDA: a launch per dtype, on the current stream of the tensors' device.
+
+#include <algorithm>
 
 #include "combine.h"
 #include "cuda_call.h"
@@ -15,7 +17,10 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool
   if (given.size() == 0 || num_out == 0) return;
   const int64_t rows = weights.dim() == 2 ? weights.size(0) : 1;
   require(rows == (per_tensor ? given.size() : num_out), "weights has the wrong shape");
-  require(weights.is_cuda() && weights.get_device_index() == given.device_index(), "weights is not on the gradients' device");
+  require(given.same_device(weights), "weights is not on the gradients' device");
+  const auto weight_type = weights.scalar_type();
+  require(weight_type == torch::headeronly::ScalarType::Double || weight_type == torch::headeronly::ScalarType::Float,
+          "weights is not float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
   const Tensor table = torch::stable::contiguous(torch::stable::to(weights, torch::headeronly::ScalarType::Double));
   const double* values = static_cast<const double*>(table.const_data_ptr());
@@ -30,20 +35,25 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool
   const Columns columns(flat, num_tasks, false, &targets, num_out);
   const cuda::Stream stream = current_stream(given.device_index());
 
-  const int64_t num_pointers = num_tasks + 2;
-  std::vector<void*> pointers(columns.size() * num_pointers);
-  for (int64_t m = 0; m < num_out; ++m) {
+  // Several results of a tensor at a time read its gradients once for all of them.
+  const int64_t at_once = num_tasks <= kMixRows ? std::min<int64_t>(kMixResults, num_out) : 1;
+  std::vector<void*> pointers(columns.size() * (num_tasks + at_once + 1));
+  for (int64_t first = 0; first < num_out; first += at_once) {
+    const int64_t count = std::min(at_once, num_out - first);
     for (DType dtype : kDTypes) {
       std::vector<PlannedTensor> tensors;
       for (int64_t n = 0; n < columns.size(); ++n) {
         if (columns[n].dtype != dtype || columns[n].layout.numel == 0) continue;
-        void** own = pointers.data() + n * num_pointers;
+        void** own = pointers.data() + n * (num_tasks + at_once + 1);
         for (int64_t k = 0; k < num_tasks; ++k) own[k] = const_cast<void*>(columns[n].rows[k]);
-        own[num_tasks] = columns.output(n).rows[m];
-        own[num_tasks + 1] = const_cast<double*>(values + (per_tensor ? n : m) * num_tasks);
+        for (int64_t m = 0; m < count; ++m) own[num_tasks + m] = columns.output(n).rows[first + m];
+        if (count == 1) own[num_tasks + 1] = const_cast<double*>(values + (per_tensor ? n : first) * num_tasks);
         tensors.push_back({own, columns[n].layout.numel});
       }
-      const char* error = tensors.empty() ? nullptr : cuda::combine(dtype, tensors, int(num_tasks), stream);
+      if (tensors.empty()) continue;
+      const char* error = count == 1
+                              ? cuda::combine(dtype, tensors, int(num_tasks), stream)
+                              : cuda::mix(dtype, tensors, int(num_tasks), int(count), values + first * num_tasks, stream);
       require(!error, error);
     }
   }

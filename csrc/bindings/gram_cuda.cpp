@@ -1,5 +1,7 @@
-// gram on CUDA: the chunks of each dtype, then one launch that adds them in order; or a launch per dtype for channels.
+// gram and cross_gram on CUDA: the chunks of each dtype, then one launch that adds them in order; or a launch per dtype for
+// channels. The cross Gram is a block of the Gram of all rows: reading them is the cost, and each is read once either way.
 
+#include <algorithm>
 #include <string>
 
 #include "cuda_call.h"
@@ -7,18 +9,41 @@
 namespace mtlkernels {
 namespace {
 
+constexpr int64_t kMaxRows = 64;  // of one launch
+
 Tensor empty_like_device(const Tensor& model, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(model, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
                                   torch::headeronly::ScalarType::Double);
 }
 
-Tensor gram_per_channel(const Columns& columns, const Tensor& model, int64_t num_tasks, cuda::Stream stream) {
+/// Rows whose products are wanted: num_left from `left` on with num_right from `right` on, or with each other if that is 0.
+struct Rows {
+  int64_t left, num_left, right, num_right;
+
+  int64_t all() const { return num_left + num_right; }
+  int64_t columns() const { return num_right ? num_right : num_left; }
+  /// Their pointers in a column.
+  void gather(const void* const* rows, void** pointers) const {
+    for (int64_t k = 0; k < num_left; ++k) pointers[k] = const_cast<void*>(rows[left + k]);
+    for (int64_t k = 0; k < num_right; ++k) pointers[num_left + k] = const_cast<void*>(rows[right + k]);
+  }
+};
+
+/// What the Gram matrices are made of: the columns, a tensor on their device, and where to launch.
+struct Gradients {
+  const Columns& columns;
+  const Tensor& model;
+  cuda::Stream stream;
+};
+
+Tensor gram_per_channel(const Gradients& grads, Rows rows) {
+  const Columns& columns = grads.columns;
   int64_t total = 0;
   for (int64_t n = 0; n < columns.size(); ++n) total += columns.channels(n);
-  Tensor result = empty_like_device(model, {total, num_tasks, num_tasks});
+  Tensor result = empty_like_device(grads.model, {total, rows.num_left, rows.columns()});
   torch::stable::zero_(result);  // channels without elements
   double* out = static_cast<double*>(result.mutable_data_ptr());
-  const int64_t num_pointers = num_tasks + 2;
+  const int64_t num_pointers = rows.all() + 2;
   std::vector<void*> pointers(columns.size() * num_pointers);
   for (DType dtype : kDTypes) {
     std::vector<PlannedTensor> tensors;
@@ -26,71 +51,119 @@ Tensor gram_per_channel(const Columns& columns, const Tensor& model, int64_t num
     for (int64_t n = 0; n < columns.size(); first += columns.channels(n++)) {
       if (columns[n].dtype != dtype || columns[n].layout.numel == 0) continue;
       void** own = pointers.data() + n * num_pointers;
-      for (int64_t k = 0; k < num_tasks; ++k) own[k] = const_cast<void*>(columns[n].rows[k]);
-      own[num_tasks] = out + first * num_tasks * num_tasks;
-      own[num_tasks + 1] = reinterpret_cast<void*>(columns[n].layout.numel / columns.channels(n));
+      rows.gather(columns[n].rows, own);
+      own[rows.all()] = out + first * rows.num_left * rows.columns();
+      own[rows.all() + 1] = reinterpret_cast<void*>(columns[n].layout.numel / columns.channels(n));
       tensors.push_back({own, columns.channels(n)});
     }
-    const char* error = tensors.empty() ? nullptr : cuda::gram_channels(dtype, tensors, int(num_tasks), stream);
+    if (tensors.empty()) continue;
+    const char* error = cuda::gram_channels(dtype, tensors, int(rows.num_left), int(rows.num_right), grads.stream);
     require(!error, error);
   }
   return result;
 }
 
-Tensor gram_of_chunks(const Columns& columns, const Tensor& model, int64_t num_tasks, bool per_tensor, cuda::Stream stream) {
-  std::vector<int64_t> shape{num_tasks, num_tasks};
+Tensor gram_of_chunks(const Gradients& grads, Rows rows, bool per_tensor) {
+  const Columns& columns = grads.columns;
+  std::vector<int64_t> shape{rows.num_left, rows.columns()};
   if (per_tensor) shape.insert(shape.begin(), columns.size());
-  Tensor result = empty_like_device(model, shape);
+  Tensor result = empty_like_device(grads.model, shape);
+  std::vector<void*> pointers(columns.size() * rows.all());
   std::vector<cuda::Slot> slots;
   std::vector<std::vector<PlannedTensor>> groups(4);  // by dtype, as the plan sees them
   int64_t blocks = 0;
   for (DType dtype : kDTypes) {
-    std::vector<PlannedTensor>& group = groups[int(dtype)];
     for (int64_t n = 0; n < columns.size(); ++n) {
       if (columns[n].dtype != dtype) continue;
       const int64_t own = (columns[n].layout.numel + kDeviceChunk - 1) / kDeviceChunk;
       if (per_tensor) slots.push_back({int32_t(n), int32_t(blocks), int32_t(blocks + own)});
       blocks += own;
-      if (own > 0) group.push_back({const_cast<void* const*>(columns[n].rows), columns[n].layout.numel});
+      if (own == 0) continue;
+      rows.gather(columns[n].rows, pointers.data() + n * rows.all());
+      groups[int(dtype)].push_back({pointers.data() + n * rows.all(), columns[n].layout.numel});
     }
   }
   require(blocks < (int64_t(1) << 31), "the gradients have too many elements for one call");
   if (!per_tensor) slots.push_back({0, 0, int32_t(blocks)});
-  const int rows_class = gram_class(int(num_tasks));
-  const Tensor partials = empty_like_device(model, {blocks, num_pairs(rows_class)});
+  const Tensor partials = empty_like_device(grads.model, {blocks, num_pairs(gram_class(int(rows.all())))});
   double* sums = static_cast<double*>(partials.mutable_data_ptr());
   int32_t first = 0;
   for (DType dtype : kDTypes) {
     const std::vector<PlannedTensor>& group = groups[int(dtype)];
     if (group.empty()) continue;
-    const char* error = cuda::gram_chunks(dtype, group, int(num_tasks), first, sums, stream);
+    const char* error = cuda::gram_chunks(dtype, group, int(rows.all()), first, sums, grads.stream);
     require(!error, error);
     for (const PlannedTensor& tensor : group) first += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
   }
-  const char* error = cuda::gram_finish(slots, int(num_tasks), sums, static_cast<double*>(result.mutable_data_ptr()), stream);
+  const char* error = cuda::gram_finish(slots, int(rows.num_left), int(rows.num_right), sums,
+                                        static_cast<double*>(result.mutable_data_ptr()), grads.stream);
   require(!error, error);
   return result;
 }
 
-Tensor gram_cuda(TensorList grads, int64_t num_tasks, std::string per) {
+/// Products of the first num_left rows with the num_right after them, or with each other if that is 0. More rows than a launch
+/// takes go in blocks of half as many against each other, and are read again for every block.
+Tensor products(const TensorList& rows, int64_t num_left, int64_t num_right, const std::string& per) {
   const bool per_channel = per == "channel", per_tensor = per == "tensor";
   require(per_channel || per_tensor || per == "model", "per is none of model, tensor, channel");
-  require(num_tasks <= 64, "on CUDA, gram takes at most 64 tasks");
-  const Columns given(grads, num_tasks, per_channel);
+  const int64_t all = num_left + num_right;
+  const Columns given(rows, all, per_channel);
   const Tensor* model = nullptr;
-  for (const std::optional<Tensor>& tensor : grads)
+  for (const std::optional<Tensor>& tensor : rows)
     if (tensor && !model) model = &*tensor;
   require(model, "no task has a gradient");
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
-  const TensorList flat = flat_gradients(given, grads);
-  const Columns columns(flat, num_tasks, per_channel);
-  const cuda::Stream stream = current_stream(given.device_index());
-  return per_channel ? gram_per_channel(columns, *model, num_tasks, stream)
-                     : gram_of_chunks(columns, *model, num_tasks, per_tensor, stream);
+  const TensorList flat = flat_gradients(given, rows);
+  const Columns columns(flat, all, per_channel);
+  const Gradients grads{columns, *model, current_stream(given.device_index())};
+  const auto run = [&](Rows part) {
+    return per_channel ? gram_per_channel(grads, part) : gram_of_chunks(grads, part, per_tensor);
+  };
+  if (all <= kMaxRows) return run({0, num_left, num_left, num_right});
+
+  Tensor result;
+  const auto place = [&](const Tensor& block, int64_t row, int64_t column) {
+    if (!result.defined()) {
+      std::vector<int64_t> shape(block.sizes().begin(), block.sizes().end());
+      shape[shape.size() - 2] = num_left;
+      shape[shape.size() - 1] = num_right ? num_right : num_left;
+      result = empty_like_device(*model, shape);
+    }
+    Tensor lines = torch::stable::narrow(result, -2, row, block.size(-2));
+    Tensor target = torch::stable::narrow(lines, -1, column, block.size(-1));
+    torch::stable::copy_(target, block);
+  };
+  constexpr int64_t side = kMaxRows / 2;
+  for (int64_t i = 0; i < num_left; i += side) {
+    const int64_t left = std::min(side, num_left - i);
+    if (num_right == 0) place(run({i, left, 0, 0}), i, i);
+    for (int64_t j = num_right ? 0 : i + side; j < (num_right ? num_right : num_left); j += side) {
+      const int64_t right = std::min(side, (num_right ? num_right : num_left) - j);
+      const Tensor block = run({i, left, num_right ? num_left + j : j, right});
+      place(block, i, j);
+      if (num_right == 0) place(torch::stable::transpose(block, -2, -1), j, i);
+    }
+  }
+  return result;
+}
+
+Tensor gram_cuda(TensorList grads, int64_t num_tasks, std::string per) { return products(grads, num_tasks, 0, per); }
+
+Tensor cross_gram_cuda(TensorList grads, TensorList other, int64_t num_tasks, int64_t num_other, std::string per) {
+  if (num_tasks == 0 || num_other == 0) {  // an empty side of the square that the other one makes
+    Tensor square = num_tasks == 0 ? gram_cuda(other, num_other, per) : gram_cuda(grads, num_tasks, per);
+    return torch::stable::narrow(square, num_tasks == 0 ? -2 : -1, 0, 0);
+  }
+  TensorList rows = std::move(grads);
+  rows.insert(rows.end(), other.begin(), other.end());
+  return products(rows, num_tasks, num_other, per);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) { m.impl("gram", TORCH_BOX(&gram_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
+  m.impl("gram", TORCH_BOX(&gram_cuda));
+  m.impl("cross_gram", TORCH_BOX(&cross_gram_cuda));
+}
 
 }  // namespace mtlkernels

@@ -2,17 +2,14 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 #include <vector>
 
-#include "../common/kxk.h"
+#include "../common/kxk_solvers.h"
 #include "../common/philox.h"
-#include "columns.h"
+#include "kxk.h"
 
 namespace mtlkernels {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 /// A tensor [..., inner dims] as a batch of problems, whatever its strides.
 class Batch {
@@ -23,7 +20,6 @@ class Batch {
   }
 
   int64_t count() const { return count_; }
-  const std::vector<int64_t>& lead() const { return lead_; }
 
   /// Stride of inner dimension `dim`, counted from the last: 0, 1, ...
   int64_t stride(int64_t dim) const { return strides_[strides_.size() - 1 - dim]; }
@@ -46,12 +42,13 @@ class Batch {
 /// Gram matrices [..., K, K] of float32 or float64.
 class Grams : public Batch {
  public:
-  explicit Grams(const Tensor& gram) : Batch(checked(gram), 2), size_(int(gram.size(-1))), data_(gram.const_data_ptr()) {
-    is_float_ = gram.scalar_type() == ScalarType::Float;
-  }
+  explicit Grams(const Tensor& gram)
+      : Batch(gram, 2),
+        size_(int(gram.size(-1))),
+        is_float_(gram.scalar_type() == ScalarType::Float),
+        data_(gram.const_data_ptr()) {}
 
   int size() const { return size_; }
-  bool is_float() const { return is_float_; }
 
   /// Problem `index` as row-major float64.
   void load(int64_t index, double* matrix) const {
@@ -68,13 +65,6 @@ class Grams : public Batch {
   }
 
  private:
-  static const Tensor& checked(const Tensor& gram) {
-    require(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
-    require(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
-            "gram must be float64 or float32");
-    return gram;
-  }
-
   template <class T>
   void load_as(const T* data, int64_t index, double* matrix) const {
     data += offset(index);
@@ -97,19 +87,14 @@ void store(const Tensor& result, int64_t begin, const double* values, int64_t co
   }
 }
 
-Tensor empty(const Tensor& like, std::vector<int64_t> lead, std::initializer_list<int64_t> inner) {
-  lead.insert(lead.end(), inner);
-  return torch::stable::new_empty(like, lead);
-}
-
 // --- what a Gram tells ------------------------------------------------------------------------------------------------
 
-using MatrixFunction = void (*)(const double* gram, int size, double* result, double* scratch);
-
-Tensor map_to_matrix(const Tensor& gram, MatrixFunction function) {
+template <class Function>
+Tensor map_to_matrix(const Tensor& gram, const Function& function) {
+  require_gram(gram);
   const Grams grams(gram);
   const int size = grams.size(), square = size * size;
-  Tensor result = empty(gram, grams.lead(), {size, size});
+  Tensor result = empty_of_problems(gram, {size, size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
     std::vector<double> matrix(square), values(square), scratch(size);
     for (int64_t b = begin; b < end; ++b) {
@@ -122,12 +107,12 @@ Tensor map_to_matrix(const Tensor& gram, MatrixFunction function) {
 }
 
 template <class Function>
-Tensor map_to_scalar(const Tensor& gram, const Function& function) {
+Tensor map_to_scalar(const Tensor& gram, int64_t workspace, const Function& function) {
+  require_gram(gram);
   const Grams grams(gram);
-  const int square = grams.size() * grams.size();
-  Tensor result = empty(gram, grams.lead(), {});
+  Tensor result = empty_of_problems(gram, {});
   grams.for_each_range([&](int64_t begin, int64_t end) {
-    std::vector<double> matrix(square), scratch(square);
+    std::vector<double> matrix(grams.size() * grams.size()), scratch(workspace);
     for (int64_t b = begin; b < end; ++b) {
       grams.load(b, matrix.data());
       const double value = function(matrix.data(), grams.size(), scratch.data());
@@ -137,18 +122,28 @@ Tensor map_to_scalar(const Tensor& gram, const Function& function) {
   return result;
 }
 
-Tensor cosine_op(const Tensor& gram) { return map_to_matrix(gram, cosine); }
+Tensor cosine_op(const Tensor& gram) {
+  return map_to_matrix(gram, [](const double* matrix, int size, double* result, double* scratch) {
+    cosine(Serial(), matrix, size, result, size, scratch);
+  });
+}
 
-Tensor magnitude_similarity_op(const Tensor& gram) { return map_to_matrix(gram, magnitude_similarity); }
+Tensor magnitude_similarity_op(const Tensor& gram) {
+  return map_to_matrix(gram, [](const double* matrix, int size, double* result, double* scratch) {
+    magnitude_similarity(Serial(), matrix, size, result, scratch);
+  });
+}
 
 Tensor conflict_rate_op(const Tensor& gram) {
-  return map_to_scalar(gram, [](const double* matrix, int size, double*) { return conflict_rate(matrix, size); });
+  return map_to_scalar(gram, 0, [](const double* matrix, int size, double*) { return conflict_rate(Serial(), matrix, size); });
 }
 
 Tensor condition_number_op(const Tensor& gram) {
+  require_gram(gram);
   const double epsilon = gram.scalar_type() == ScalarType::Float ? FLT_EPSILON : DBL_EPSILON;
-  return map_to_scalar(
-      gram, [&](const double* matrix, int size, double* scratch) { return condition_number(matrix, size, epsilon, scratch); });
+  return map_to_scalar(gram, condition_doubles(gram.size(-1)), [&](const double* matrix, int size, double* scratch) {
+    return condition_number(Serial(), matrix, size, epsilon, scratch);
+  });
 }
 
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
@@ -156,16 +151,12 @@ Tensor condition_number_op(const Tensor& gram) {
 /// Solves each problem over its active tasks, as if the others did not exist: they get weight 0.
 template <class Solver>
 Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, const Solver& solver) {
+  require_exact_gram(gram);
+  require_active(active, gram);
   const Grams grams(gram);
   const int size = grams.size();
-  require(gram.scalar_type() == ScalarType::Double, "gram must be float64");
   const Batch mask(active ? *active : gram, active ? 1 : 2);
-  if (active) {
-    require(active->scalar_type() == ScalarType::Bool, "active must be bool");
-    require(active->dim() >= 1 && active->size(-1) == size && mask.lead() == grams.lead(),
-            "active must have the shape [..., K] of gram");
-  }
-  Tensor result = empty(gram, grams.lead(), {size});
+  Tensor result = empty_of_problems(gram, {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
     std::vector<double> matrix(size * size), workspace(solver_doubles(size)), packed(size), weights(size);
     std::vector<int> integers(solver_integers(size)), tasks(size);
@@ -189,12 +180,14 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
 }
 
 Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) {
-  return solve_active(gram, active, mgda_weights);
+  return solve_active(gram, active, [](const double* matrix, int size, double* doubles, int* integers, double* weights) {
+    mgda_weights(Serial(), matrix, size, doubles, integers, weights);
+  });
 }
 
 Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
   return solve_active(gram, active, [c](const double* matrix, int size, double* doubles, int* integers, double* weights) {
-    cagrad_weights(matrix, size, c, doubles, integers, weights);
+    cagrad_weights(Serial(), matrix, size, c, doubles, integers, weights);
   });
 }
 
@@ -203,14 +196,12 @@ Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active
 /// Orders [..., K, S] of task indices for the rows of each problem.
 class Orders : public Batch {
  public:
-  Orders(const Tensor& order, const Grams& grams) : Batch(checked(order), 2), steps_(order.size(-1)), size_(grams.size()) {
-    require(order.size(-2) == size_ && lead() == grams.lead(),
-            "order must have the shape [..., K, S] with the leading dimensions of gram");
-    data_ = static_cast<const int64_t*>(order.const_data_ptr());
+  Orders(const Tensor& order, int size)
+      : Batch(order, 2), steps_(order.size(-1)), data_(static_cast<const int64_t*>(order.const_data_ptr())) {
     for (int64_t b = 0; b < count(); ++b) {
-      for (int64_t i = 0; i < size_ * steps_; ++i) {
+      for (int64_t i = 0; i < size * steps_; ++i) {
         const int64_t task = data_[offset(b) + i / steps_ * stride(1) + i % steps_ * stride(0)];
-        require(task >= 0 && task < size_, "order must hold task indices from 0 to K - 1");
+        require(task >= 0 && task < size, "order must hold task indices from 0 to K - 1");
       }
     }
   }
@@ -223,29 +214,25 @@ class Orders : public Batch {
   }
 
  private:
-  static const Tensor& checked(const Tensor& order) {
-    require(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");
-    return order;
-  }
-
-  int64_t steps_, size_;
+  int64_t steps_;
   const int64_t* data_;
 };
 
 Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool conflict_only) {
+  require_exact_gram(gram);
+  require_order(order, gram);
   const Grams grams(gram);
-  require(!grams.is_float(), "gram must be float64");
-  const Orders orders(order, grams);
   const int size = grams.size();
-  Tensor result = empty(gram, grams.lead(), {size, size});
+  const Orders orders(order, size);
+  Tensor result = empty_of_problems(gram, {size, size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
-    std::vector<double> matrix(size * size), row(size);
+    std::vector<double> matrix(size * size), row(size), inner(size);
     std::vector<int64_t> steps(orders.steps());
     for (int64_t b = begin; b < end; ++b) {
       grams.load(b, matrix.data());
       for (int i = 0; i < size; ++i) {
         orders.load(b, i, steps.data());
-        projection_row(matrix.data(), size, i, steps.data(), orders.steps(), conflict_only, row.data());
+        projection_row(Serial(), matrix.data(), size, i, steps.data(), orders.steps(), conflict_only, row.data(), inner.data());
         store(result, (b * size + i) * size, row.data(), size);
       }
     }
@@ -254,22 +241,22 @@ Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool 
 }
 
 Tensor pcgrad_weights_op(const Tensor& gram, const Tensor& seed) {
+  require_exact_gram(gram);
+  require_seed(seed);
   const Grams grams(gram);
-  require(!grams.is_float(), "gram must be float64");
-  require(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
   const int size = grams.size();
-  Tensor result = empty(gram, grams.lead(), {size});
+  Tensor result = empty_of_problems(gram, {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
-    std::vector<double> matrix(size * size), row(size), weights(size);
+    std::vector<double> matrix(size * size), row(size), inner(size), weights(size);
     std::vector<uint32_t> keys(size);
     std::vector<int64_t> order(size);
     for (int64_t b = begin; b < end; ++b) {
       grams.load(b, matrix.data());
       std::fill(weights.begin(), weights.end(), 0.0);
       for (int i = 0; i < size; ++i) {
-        random_order(key, b, i, size, keys.data(), order.data());
-        projection_row(matrix.data(), size, i, order.data(), size, true, row.data());
+        random_order(Serial(), key, b, i, size, keys.data(), order.data());
+        projection_row(Serial(), matrix.data(), size, i, order.data(), size, true, row.data(), inner.data());
         for (int k = 0; k < size; ++k) weights[k] += row[k];
       }
       store(result, b * size, weights.data(), size);

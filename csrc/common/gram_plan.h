@@ -1,5 +1,5 @@
 #pragma once
-// How the Gram kernels are launched: row classes, tiles and shared memory. Plain C++ for host and device.
+// How the Gram kernels are launched: row classes, threads and shared memory. Plain C++ for host and device.
 
 #include "launch_plan.h"
 #include "numeric.h"
@@ -18,23 +18,22 @@ constexpr int gram_class(int num_rows) {
   return num_rows <= 4 ? (num_rows < 1 ? 1 : num_rows) : num_rows <= 8 ? 8 : num_rows <= 16 ? 16 : num_rows <= 64 ? 64 : 0;
 }
 
-/// How row class R = 16 or 64 is laid out for elements of `element_bytes`. A thread owns a tile of 4 x 4 pairs and a slice of a
-/// stage's elements.
+/// How row class R = 16 or 64 is laid out for the tensor cores, for elements of `element_bytes`. Eight consecutive rows are a
+/// group. A warp multiplies one or two groups with one group at a time: a tile, whose sums its threads share evenly.
 template <int element_bytes, int R>
-struct TileShape {
-  static constexpr int tiles_per_side = R / 4;
-  static constexpr int tiles = tiles_per_side * (tiles_per_side + 1) / 2;
-  static constexpr int slices = R == 16 ? 24 : 2;
-  static constexpr int threads = (tiles * slices + 31) / 32 * 32;
-  // Groups of four elements in a stage; fewer of float64, so that a block fits the 99 KiB of shared memory of every chip.
-  static constexpr int quads = R == 16 ? 48 : element_bytes == 8 ? 12 : 16;
-  static constexpr int elements = 4 * quads;
-  static constexpr int stride = elements + 16 / element_bytes;  // of a row in shared memory: 16 bytes past its elements
-  static constexpr int stages = 3;
-  // The stages, and after them the exchange of sums with the products.
-  static constexpr int stage_bytes = stages * R * stride * element_bytes;
-  static constexpr int sum_bytes = (threads + num_pairs(R)) * 8;
-  static constexpr int shared_bytes = stage_bytes > sum_bytes ? stage_bytes : sum_bytes;
+struct TensorCoreShape {
+  static constexpr int groups = R / 8;
+  static constexpr int tile_groups = element_bytes == 8 ? 1 : 2;  // of a tile's rows
+  // Of the upper triangle; where two groups make the rows of a tile, the lower group of one on the diagonal is wasted.
+  static constexpr int tiles = tile_groups == 1 ? groups * (groups + 1) / 2 : groups * (groups + 2) / 4;
+  static constexpr int tile_sums = 2 * tile_groups;  // of a thread
+  static constexpr int sums = tiles * tile_sums;
+  static constexpr int threads = element_bytes == 8 && R == 64 ? 128 : 256;
+  static constexpr int step = 64 / element_bytes;  // elements that a warp multiplies at a time: 64 bytes of each row
+  static constexpr int batch = R == 64 ? 1 : element_bytes == 4 ? 2 : 4;  // steps that a warp loads at a time
+  // Totals of every thread, float32 where float64 would not fit the 99 KiB of shared memory of every chip; and the products.
+  static constexpr int total_bytes = element_bytes == 8 || R == 16 ? 8 : 4;
+  static constexpr int shared_bytes = threads * sums * total_bytes + num_pairs(R) * 8;
 };
 
 struct GramLaunch {
@@ -42,18 +41,21 @@ struct GramLaunch {
 };
 
 template <int R>
-constexpr GramLaunch tile_launch(int64_t element_bytes) {
-  return element_bytes == 8   ? GramLaunch{R, TileShape<8, R>::threads, TileShape<8, R>::shared_bytes}
-         : element_bytes == 4 ? GramLaunch{R, TileShape<4, R>::threads, TileShape<4, R>::shared_bytes}
-                              : GramLaunch{R, TileShape<2, R>::threads, TileShape<2, R>::shared_bytes};
+constexpr GramLaunch tensor_core_launch(int64_t element_bytes) {
+  using Double = TensorCoreShape<8, R>;
+  using Float = TensorCoreShape<4, R>;
+  using Half = TensorCoreShape<2, R>;
+  return element_bytes == 8   ? GramLaunch{R, Double::threads, Double::shared_bytes}
+         : element_bytes == 4 ? GramLaunch{R, Float::threads, Float::shared_bytes}
+                              : GramLaunch{R, Half::threads, Half::shared_bytes};
 }
 
 /// Threads and dynamic shared memory of stage one.
 constexpr GramLaunch gram_launch(DType dtype, int num_rows) {
   const int64_t bytes = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
   const int rows_class = gram_class(num_rows);
-  return rows_class == 16   ? tile_launch<16>(bytes)
-         : rows_class == 64 ? tile_launch<64>(bytes)
+  return rows_class == 16   ? tensor_core_launch<16>(bytes)
+         : rows_class == 64 ? tensor_core_launch<64>(bytes)
                             : GramLaunch{rows_class, kGramThreads, 0};
 }
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "numeric.h"
+#include "team.h"
 
 namespace mtlkernels {
 
@@ -27,19 +27,25 @@ MTL_HOST_DEVICE inline Philox philox(Philox counter, uint64_t key) {
 
 /// A random order of the tasks 0 .. size - 1 for one row of one problem: tasks sorted by random keys, equal keys by index.
 /// The key of task j is word j % 4 of the counter {j / 4, row, low and high half of problem}, so the order of two tasks does
-/// not depend on how many others there are. `keys` holds size words.
-MTL_HOST_DEVICE inline void random_order(uint64_t seed, int64_t problem, int row, int size, uint32_t* keys, int64_t* order) {
-  for (int block = 0; block * 4 < size; ++block) {
+/// not depend on how many others there are. `keys` holds size words. Ends with a sync.
+template <class Team>
+MTL_HOST_DEVICE void random_order(const Team& team, uint64_t seed, int64_t problem, int row, int size, uint32_t* keys,
+                                  int64_t* order) {
+  for_owned(team, 0, (size + 3) / 4, [&](int block) {
     const Philox bits = philox({{static_cast<uint32_t>(block), static_cast<uint32_t>(row), static_cast<uint32_t>(problem),
                                  static_cast<uint32_t>(static_cast<uint64_t>(problem) >> 32)}},
                                seed);
-    for (int j = block * 4; j < size && j < block * 4 + 4; ++j) keys[j] = bits.word[j % 4];
-  }
-  for (int j = 0; j < size; ++j) {  // insertion sort: stable, and the sizes are small
-    int place = j;
-    for (; place > 0 && keys[order[place - 1]] > keys[j]; --place) order[place] = order[place - 1];
+    for (int word = 0; word < 4; ++word) {
+      if (block * 4 + word < size) keys[block * 4 + word] = bits.word[word];
+    }
+  });
+  team.sync();
+  for_owned(team, 0, size, [&](int j) {
+    int place = 0;
+    for (int i = 0; i < size; ++i) place += keys[i] < keys[j] || (keys[i] == keys[j] && i < j);
     order[place] = j;
-  }
+  });
+  team.sync();
 }
 
 }  // namespace mtlkernels

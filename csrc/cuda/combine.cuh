@@ -45,17 +45,23 @@ struct RowGroup {
     }
   }
 
-  __device__ void add_vector(int64_t e, S (&sums)[kLanes<T>]) const {
-    Packed<T> packed[K];
+  /// `batch` vectors, from e on, `step` elements apart; those at `end` or past it are not read.
+  template <int batch>
+  __device__ void add_vectors(int64_t e, int64_t step, int64_t end, S (&sums)[batch][kLanes<T>]) const {
+    Packed<T> packed[batch][K];
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      if (rows[k])
-        packed[k].raw = *reinterpret_cast<const uint4*>(rows[k] + e);  // not through the read-only cache: may be the result
-#pragma unroll
-    for (int lane = 0; lane < kLanes<T>; ++lane)
+    for (int b = 0; b < batch; ++b)
 #pragma unroll
       for (int k = 0; k < K; ++k)
-        if (rows[k]) sums[lane] += weights[k] * S(widen(packed[k].values[lane]));
+        if (rows[k] && e + b * step < end)  // not through the read-only cache: may be the result
+          packed[b][k].raw = *reinterpret_cast<const uint4*>(rows[k] + e + b * step);
+#pragma unroll
+    for (int b = 0; b < batch; ++b)
+#pragma unroll
+      for (int lane = 0; lane < kLanes<T>; ++lane)
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+          if (rows[k]) sums[b][lane] += weights[k] * S(widen(packed[b][k].values[lane]));
   }
 
   __device__ void add_element(int64_t e, S& sum) const {
@@ -72,9 +78,10 @@ struct ManyRows {
 
   __device__ explicit ManyRows(const CombineArguments& from, int) : arguments(from) {}
 
-  __device__ void add_vector(int64_t e, S (&sums)[kLanes<T>]) const {
+  template <int batch>
+  __device__ void add_vectors(int64_t e, int64_t step, int64_t end, S (&sums)[batch][kLanes<T>]) const {
 #pragma unroll 1
-    for (int k = 0; k < arguments.num_rows; k += 4) RowGroup<T, 4, S>(arguments, k).add_vector(e, sums);
+    for (int k = 0; k < arguments.num_rows; k += 4) RowGroup<T, 4, S>(arguments, k).add_vectors(e, step, end, sums);
   }
 
   __device__ void add_element(int64_t e, S& sum) const {
@@ -83,23 +90,26 @@ struct ManyRows {
   }
 };
 
-template <typename T, typename S, typename Rows>
+template <typename T, typename S, typename Rows, int batch>
 __device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int64_t begin, int64_t end) {
   const Rows rows(arguments, 0);
   T* out = arguments.result<T>();
-  const int64_t vectors = aligned ? (end - begin) / kLanes<T> : 0;
+  constexpr int64_t step = kCombineThreads * kLanes<T>;
+  const int64_t vectors_end = aligned ? begin + (end - begin) / kLanes<T> * kLanes<T> : begin;
 #pragma unroll 1
-  for (int64_t v = threadIdx.x; v < vectors; v += kCombineThreads) {
-    const int64_t e = begin + v * kLanes<T>;
-    S sums[kLanes<T>] = {};
-    rows.add_vector(e, sums);
-    Packed<T> packed;
+  for (int64_t e = begin + threadIdx.x * kLanes<T>; e < vectors_end; e += batch * step) {
+    S sums[batch][kLanes<T>] = {};
+    rows.add_vectors(e, step, vectors_end, sums);
 #pragma unroll
-    for (int lane = 0; lane < kLanes<T>; ++lane) narrow(Sum<T>(sums[lane]), packed.values[lane]);
-    *reinterpret_cast<uint4*>(out + e) = packed.raw;
+    for (int b = 0; b < batch; ++b) {
+      Packed<T> packed;
+#pragma unroll
+      for (int lane = 0; lane < kLanes<T>; ++lane) narrow(Sum<T>(sums[b][lane]), packed.values[lane]);
+      if (e + b * step < vectors_end) store_packed(out + e + b * step, packed);
+    }
   }
 #pragma unroll 1
-  for (int64_t e = begin + vectors * kLanes<T> + threadIdx.x; e < end; e += kCombineThreads) {
+  for (int64_t e = vectors_end + threadIdx.x; e < end; e += kCombineThreads) {
     S sum = 0;
     rows.add_element(e, sum);
     narrow(Sum<T>(sum), out[e]);
@@ -123,7 +133,7 @@ __device__ void combine_wide(const CombineArguments& arguments, int64_t begin, i
 
 /// One block per chunk of kDeviceChunk elements. K is the class of the number of rows: 1, 2, 3, 4, 8, or 64 for any number.
 template <typename T, int K>
-__global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant__ TensorTable table) {
+__global__ void __launch_bounds__(kCombineThreads, 1) combine(const __grid_constant__ TensorTable table) {
   const Chunk chunk = find_chunk(table, blockIdx.x);
   const CombineArguments arguments(table, chunk.tensor);
   bool aligned = is_aligned(arguments.result<T>()), wide = false;
@@ -136,9 +146,9 @@ __global__ void __launch_bounds__(kCombineThreads) combine(const __grid_constant
   if (sizeof(Sum<T>) == 4 && wide) {
     combine_wide<T>(arguments, chunk.begin, chunk.end);
   } else if constexpr (K <= 8) {
-    combine_chunk<T, Sum<T>, RowGroup<T, K, Sum<T>>>(arguments, aligned, chunk.begin, chunk.end);
+    combine_chunk<T, Sum<T>, RowGroup<T, K, Sum<T>>, kBatch<K>>(arguments, aligned, chunk.begin, chunk.end);
   } else {
-    combine_chunk<T, Sum<T>, ManyRows<T, Sum<T>>>(arguments, aligned, chunk.begin, chunk.end);
+    combine_chunk<T, Sum<T>, ManyRows<T, Sum<T>>, 1>(arguments, aligned, chunk.begin, chunk.end);
   }
 }
 

@@ -1,7 +1,7 @@
 #include "error.h"
 #include "gram.cuh"
 #include "gram_channels.cuh"
-#include "gram_tiles.cuh"
+#include "gram_tensor_core.cuh"
 #include "launchers.h"
 
 namespace mtlkernels::cuda {
@@ -17,8 +17,8 @@ ChunkKernel pick_chunks(int rows_class) {
     case 3: return mtlkernels::gram_chunks<T, 3>;
     case 4: return mtlkernels::gram_chunks<T, 4>;
     case 8: return mtlkernels::gram_chunks<T, 8>;
-    case 16: return gram_tiles<T, 16>;
-    default: return gram_tiles<T, 64>;
+    case 16: return gram_tensor_core<T, 16>;
+    default: return gram_tensor_core<T, 64>;
   }
 }
 
@@ -31,9 +31,14 @@ ChunkKernel pick_chunks(DType dtype, int rows_class) {
   }
 }
 
+using ChannelKernel = void (*)(TensorTable, int32_t);
+
 template <typename T>
-void (*pick_channels(int num_rows))(TensorTable) {
-  return num_rows <= 2 ? mtlkernels::gram_channels<T, 2> : mtlkernels::gram_channels<T, 4>;
+ChannelKernel pick_channels(int num_rows) {
+  return num_rows <= 2   ? mtlkernels::gram_channels<T, 2>
+         : num_rows <= 4 ? mtlkernels::gram_channels<T, 4>
+         : num_rows <= 8 ? mtlkernels::gram_channels<T, 8>
+                         : mtlkernels::gram_channels<T, 64>;
 }
 
 }  // namespace
@@ -42,11 +47,7 @@ const char* gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, 
                         double* partials, Stream stream) {
   const GramLaunch shape = gram_launch(dtype, num_rows);
   const ChunkKernel kernel = pick_chunks(dtype, shape.rows_class);
-  if (shape.shared_bytes > 48 * 1024) {  // the most a kernel gets unasked
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, attribute, shape.shared_bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-  }
+  if (const char* error = allow_shared(kernel, shape.shared_bytes)) return error;
   for (const Launch& launch : plan_launches(tensors, num_rows, kDeviceChunk, first_block)) {
     kernel<<<launch.num_blocks, shape.threads, shape.shared_bytes, static_cast<cudaStream_t>(stream)>>>(launch.table, partials);
     if (const char* error = last_error()) return error;
@@ -54,7 +55,10 @@ const char* gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, 
   return nullptr;
 }
 
-const char* gram_finish(const std::vector<Slot>& slots, int num_rows, const double* partials, double* gram, Stream stream) {
+const char* gram_finish(const std::vector<Slot>& slots, int num_rows, int num_other, const double* partials, double* gram,
+                        Stream stream) {
+  const unsigned entries = num_other ? num_rows * num_other : num_pairs(num_rows);
+  const int rows_class = gram_class(num_rows + num_other);
   for (size_t first = 0; first < slots.size(); first += SlotTable::capacity) {
     SlotTable table;
     const size_t count = slots.size() - first < SlotTable::capacity ? slots.size() - first : SlotTable::capacity;
@@ -63,19 +67,21 @@ const char* gram_finish(const std::vector<Slot>& slots, int num_rows, const doub
       table.begin[s] = slots[first + s].begin;
       table.end[s] = slots[first + s].end;
     }
-    const dim3 grid(num_pairs(num_rows), unsigned(count));
-    mtlkernels::gram_finish<<<grid, kGramThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, partials, gram_class(num_rows),
-                                                                                          num_rows, gram);
+    const dim3 grid(entries, unsigned(count));
+    mtlkernels::gram_finish<<<grid, kGramThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, partials, rows_class, num_rows,
+                                                                                          num_other, gram);
     if (const char* error = last_error()) return error;
   }
   return nullptr;
 }
 
-const char* gram_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream) {
-  void (*const kernels[])(TensorTable) = {pick_channels<float>(num_rows), pick_channels<BFloat16>(num_rows),
-                                          pick_channels<__half>(num_rows), pick_channels<double>(num_rows)};
-  for (const Launch& launch : plan_launches(tensors, num_rows + 2, kChannelsOfBlock)) {
-    kernels[int(dtype)]<<<launch.num_blocks, kChannelWarps * kWarpSize, 0, static_cast<cudaStream_t>(stream)>>>(launch.table);
+const char* gram_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int num_other, Stream stream) {
+  const int all = num_rows + num_other;
+  const ChannelKernel kernels[] = {pick_channels<float>(all), pick_channels<BFloat16>(all), pick_channels<__half>(all),
+                                   pick_channels<double>(all)};
+  const int threads = kChannelWarps * kWarpSize;
+  for (const Launch& launch : plan_launches(tensors, all + 2, kChannelsOfBlock)) {
+    kernels[int(dtype)]<<<launch.num_blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(launch.table, num_other);
     if (const char* error = last_error()) return error;
   }
   return nullptr;

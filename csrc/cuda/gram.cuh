@@ -2,9 +2,9 @@
 // Gram matrix of task gradients: G[i][j] = sum_e g_i[e] g_j[e], each row read from memory once.
 //
 // Stage one: a block reads one chunk of one tensor, 16 bytes per row and thread at a time, keeps all pairs in registers (K <=
-// 8; gram_tiles.cuh for more) and writes the chunk's products in float64. Stage two adds the chunks in order. Products and a
-// chunk's sums are float32 (float64 for float64 gradients); a chunk whose squares leave float32's range is summed again in
-// float64.
+// 8; gram_tensor_core.cuh for more) and writes the chunk's products in float64. Stage two adds the chunks in order. Products
+// and a chunk's sums are float32 (float64 for float64 gradients); a chunk whose squares leave float32's range is summed again
+// in float64.
 
 #include "../common/gram_plan.h"
 #include "reduce.cuh"
@@ -15,12 +15,37 @@ namespace mtlkernels {
 /// Whether a float32 sum of squares says nothing certain about its chunk: overflow, NaN, or so small that products underflowed.
 __device__ inline bool out_of_range(double square) { return !(square < 0x1p127) || square < 0x1p-96; }
 
-template <typename S, int K>
-__device__ inline void add_products(const S (&value)[K], S (&sums)[num_pairs(K)]) {
+/// sums[pair] += the products of `lanes` elements of K rows. A pair's products are added up before they meet its sum, for one
+/// rounding of the sum instead of `lanes`.
+template <typename S, int K, int lanes>
+__device__ inline void add_products(const S (&value)[K][lanes], S (&sums)[num_pairs(K)]) {
 #pragma unroll
-  for (int i = 0; i < K; ++i)
+  for (int i = 0; i < K; ++i) {
 #pragma unroll
-    for (int j = i; j < K; ++j) sums[pair_index(K, i, j)] += value[i] * value[j];
+    for (int j = i; j < K; ++j) {
+      S sum = value[i][0] * value[j][0];
+#pragma unroll
+      for (int lane = 1; lane < lanes; ++lane) sum += value[i][lane] * value[j][lane];
+      sums[pair_index(K, i, j)] += sum;
+    }
+  }
+}
+
+/// Elements that are widened at a time: as many as stay in registers.
+template <typename T>
+constexpr int kQuad = kLanes<T> < 4 ? kLanes<T> : 4;
+
+template <typename T, int K>
+__device__ inline void add_products(const Packed<T> (&packed)[K], Sum<T> (&sums)[num_pairs(K)]) {
+#pragma unroll
+  for (int first = 0; first < kLanes<T>; first += kQuad<T>) {
+    Sum<T> value[K][kQuad<T>];
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+#pragma unroll
+      for (int lane = 0; lane < kQuad<T>; ++lane) value[k][lane] = widen(packed[k].values[first + lane]);
+    add_products<Sum<T>, K, kQuad<T>>(value, sums);
+  }
 }
 
 /// <a, b> over elements [begin, end) in float64.
@@ -80,25 +105,23 @@ __global__ void __launch_bounds__(kGramThreads, 2) gram_chunks(const __grid_cons
   Sum<T> sums[pairs] = {};
   const int64_t vectors = aligned ? (chunk.end - chunk.begin) / kLanes<T> : 0;
 #pragma unroll 1
-  for (int64_t v = threadIdx.x; v < vectors; v += kGramThreads) {
-    Packed<T> packed[K];
+  for (int64_t v = threadIdx.x; v < vectors; v += kBatch<K> * kGramThreads) {
+    Packed<T> packed[kBatch<K>][K];
 #pragma unroll
-    for (int k = 0; k < K; ++k)
-      if (rows[k]) packed[k] = load_packed(rows[k] + chunk.begin + v * kLanes<T>);
+    for (int b = 0; b < kBatch<K>; ++b)
 #pragma unroll
-    for (int lane = 0; lane < kLanes<T>; ++lane) {
-      Sum<T> value[K];
+      for (int k = 0; k < K; ++k)
+        if (rows[k] && v + b * kGramThreads < vectors)
+          packed[b][k] = load_packed(rows[k] + chunk.begin + (v + b * kGramThreads) * kLanes<T>);
 #pragma unroll
-      for (int k = 0; k < K; ++k) value[k] = widen(packed[k].values[lane]);
-      add_products<Sum<T>, K>(value, sums);
-    }
+    for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(packed[b], sums);
   }
 #pragma unroll 1
   for (int64_t e = chunk.begin + vectors * kLanes<T> + threadIdx.x; e < chunk.end; e += kGramThreads) {
-    Sum<T> value[K];
+    Sum<T> value[K][1];
 #pragma unroll
-    for (int k = 0; k < K; ++k) value[k] = rows[k] ? widen(rows[k][e]) : Sum<T>(0);
-    add_products<Sum<T>, K>(value, sums);
+    for (int k = 0; k < K; ++k) value[k][0] = rows[k] ? widen(rows[k][e]) : Sum<T>(0);
+    add_products<Sum<T>, K, 1>(value, sums);
   }
 
   block_sum<pairs>(sums, reinterpret_cast<Sum<T>*>(scratch), products);
@@ -113,22 +136,31 @@ struct SlotTable {
   int32_t slot[capacity], begin[capacity], end[capacity];
 };
 
-/// gram[slot][i][j] = gram[slot][j][i] = sum of partials[begin .. end) in order. Grid (num_pairs(num_rows), slots of the
-/// launch); `rows_class` is the class that stage one ran with.
+/// gram[slot][i][j] = gram[slot][j][i] = sum of partials[begin .. end) in order: [num_rows, num_rows]. With `num_other`, the
+/// pairs of the first num_rows rows with the num_other that follow: [num_rows, num_other]. Grid (entries that are summed, slots
+/// of the launch); `rows_class` is the class that stage one ran with.
 static __global__ void __launch_bounds__(kGramThreads)
     gram_finish(const __grid_constant__ SlotTable slots, const double* partials, int32_t rows_class, int32_t num_rows,
-                double* gram) {
+                int32_t num_other, double* gram) {
   __shared__ double scratch[kGramThreads / kWarpSize], total[1];
-  int i = 0, rest = blockIdx.x;
-  while (rest >= num_rows - i) rest -= num_rows - i++;
-  const int j = i + rest, pair = pair_index(rows_class, i, j);
+  int i = 0, j = blockIdx.x;
+  if (num_other == 0) {
+    while (j >= num_rows - i) j -= num_rows - i++;
+    j += i;
+  } else {
+    i = blockIdx.x / num_other;
+    j = num_rows + blockIdx.x % num_other;
+  }
   double sum[1] = {0};
   for (int32_t b = slots.begin[blockIdx.y] + threadIdx.x; b < slots.end[blockIdx.y]; b += kGramThreads)
-    sum[0] += partials[int64_t(b) * num_pairs(rows_class) + pair];
+    sum[0] += partials[int64_t(b) * num_pairs(rows_class) + pair_index(rows_class, i, j)];
   block_sum<1>(sum, scratch, total);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x != 0) return;
+  if (num_other == 0) {
     double* matrix = gram + int64_t(slots.slot[blockIdx.y]) * num_rows * num_rows;
     matrix[i * num_rows + j] = matrix[j * num_rows + i] = total[0];
+  } else {
+    gram[(int64_t(slots.slot[blockIdx.y]) * num_rows + i) * num_other + j - num_rows] = total[0];
   }
 }
 

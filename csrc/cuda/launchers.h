@@ -4,6 +4,8 @@
 #include <vector>
 
 #include "../common/gram_plan.h"
+#include "../common/kxk_plan.h"
+#include "../common/mix_plan.h"
 
 namespace mtlkernels::cuda {
 
@@ -14,6 +16,12 @@ using Stream = void*;
 /// where absent), its result, and its `num_rows` float64 weights on the device. Asynchronous on `stream`; the current device is
 /// the tensors'. Returns null, or what CUDA says went wrong.
 const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream);
+
+/// out[m] = sum_k C[m][k] g_k for every tensor; the tensors share a dtype. A tensor's pointers are its `num_rows` gradients
+/// (kMixRows at most; null where absent) and its `num_results` results (kMixResults at most). `coefficients` [num_results,
+/// num_rows] on the device. Otherwise as combine.
+const char* mix(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int num_results,
+                const double* coefficients, Stream stream);
 
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as
@@ -26,11 +34,32 @@ struct Slot {
   int32_t slot, begin, end;
 };
 
-/// Stage two: gram[slot][num_rows][num_rows] from the partials.
-const char* gram_finish(const std::vector<Slot>& slots, int num_rows, const double* partials, double* gram, Stream stream);
+/// Stage two: gram[slot][num_rows][num_rows] from the partials. With `num_other`, stage one had that many rows more, and
+/// gram[slot][num_rows][num_other] are the products of the first rows with those.
+const char* gram_finish(const std::vector<Slot>& slots, int num_rows, int num_other, const double* partials, double* gram,
+                        Stream stream);
 
-/// Gram matrices of channels. A tensor's pointers are `num_rows` gradients, its results [channels][num_rows][num_rows], and the
-/// elements of a channel as an integer; its size is its number of channels.
-const char* gram_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream);
+/// Gram matrices of channels. A tensor's pointers are `num_rows` + `num_other` gradients, its results, a matrix as gram_finish
+/// makes them for each channel, and the elements of a channel as an integer; its size is its number of channels.
+const char* gram_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int num_other, Stream stream);
+
+// The K x K stage on Grams [problems, size, size], of at most kKxkMaxTasks tasks and 1 to 2^31 - 1 problems. Asynchronous, as
+// all of these. Functions, orders and results: common/kxk.h and common/kxk_solvers.h.
+
+/// result [problems, size, size] or [problems]; Grams and result are both float32 or both float64.
+const char* gram_function(GramFunction function, DType dtype, const void* gram, int64_t problems, int size, void* result,
+                          Stream stream);
+
+/// weights [problems, size] over the tasks where `active` [problems, size] is true; the others get 0. Null: all are. `c` is
+/// CAGrad's.
+const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, double c, double* weights,
+                  Stream stream);
+
+/// result [problems, size, size] for orders [problems, size, steps]; a row whose order holds what is no task index is NaN.
+const char* projection_coefficients(const double* gram, int64_t problems, int size, const int64_t* order, int64_t steps,
+                                    bool conflict_only, double* result, Stream stream);
+
+/// weights [problems, size] for orders drawn from one seed on the device.
+const char* pcgrad_weights(const double* gram, int64_t problems, int size, const int64_t* seed, double* weights, Stream stream);
 
 }  // namespace mtlkernels::cuda

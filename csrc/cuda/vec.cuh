@@ -55,6 +55,18 @@ __device__ inline Packed<T> load_packed(const T* from) {
   return packed;
 }
 
+/// Stores 16 bytes; `to` is 16-byte aligned. In one instruction: a plain store of four floats may be taken apart.
+template <typename T>
+__device__ inline void store_packed(T* to, const Packed<T>& packed) {
+  __stwb(reinterpret_cast<uint4*>(to), packed.raw);
+}
+
+/// Vectors of each of K rows that a thread loads at a time: with few rows more of each, so that enough bytes are under way.
+template <int K>
+constexpr int kBatch = K == 1   ? 4
+                       : K == 2 ? 2
+                                : 1;
+
 template <typename T>
 __device__ inline bool is_aligned(const T* pointer) {
   return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;

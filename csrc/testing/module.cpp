@@ -6,6 +6,8 @@
 #include <cstring>
 
 #include "../common/gram_plan.h"
+#include "../common/kxk_plan.h"
+#include "../common/mix_plan.h"
 
 namespace py = pybind11;
 
@@ -46,6 +48,22 @@ PYBIND11_MODULE(mtlkernels_testing, m) {
   m.def("gram_launch", [](int dtype, int num_rows) {
     const mtlkernels::GramLaunch launch = mtlkernels::gram_launch(mtlkernels::DType(dtype), num_rows);
     return std::make_tuple(launch.rows_class, launch.threads, launch.shared_bytes);
+  });
+  m.def("mix_launch", [](int dtype, int num_rows, int num_results) {
+    const int bytes = mtlkernels::mix_shared_bytes(mtlkernels::DType(dtype), num_rows, num_results);
+    return std::make_tuple(mtlkernels::mix_threads(num_rows), bytes);
+  });
+  m.def("kxk_launch", [](const std::string& kernel, int size) {
+    using mtlkernels::GramFunction;
+    const mtlkernels::KxkLaunch launch =
+        kernel == "cosine"                    ? mtlkernels::gram_function_launch(GramFunction::cosine, size)
+        : kernel == "magnitude_similarity"    ? mtlkernels::gram_function_launch(GramFunction::magnitude_similarity, size)
+        : kernel == "conflict_rate"           ? mtlkernels::gram_function_launch(GramFunction::conflict_rate, size)
+        : kernel == "condition_number"        ? mtlkernels::gram_function_launch(GramFunction::condition_number, size)
+        : kernel == "projection_coefficients" ? mtlkernels::projection_launch(size, false)
+        : kernel == "pcgrad_weights"          ? mtlkernels::projection_launch(size, true)
+                                              : mtlkernels::solver_launch(size);
+    return std::make_tuple(launch.threads, launch.shared_bytes);
   });
   m.def("chunk_of_block", [](const py::bytes& table, int block) { return chunk_of_block(table, block); });
   m.def("capacity", &TensorTable::capacity);

@@ -1,0 +1,57 @@
+#pragma once
+// What the ops of the K x K stage ask of their tensors, on every device.
+
+#include <optional>
+
+#include "columns.h"
+
+namespace mtlkernels {
+
+using torch::headeronly::ScalarType;
+
+inline bool same_lead(const Tensor& a, int64_t a_inner, const Tensor& b, int64_t b_inner) {
+  const auto first = a.sizes(), second = b.sizes();
+  return std::vector<int64_t>(first.begin(), first.end() - a_inner) ==
+         std::vector<int64_t>(second.begin(), second.end() - b_inner);
+}
+
+/// float64 or float32 [..., K, K].
+inline void require_gram(const Tensor& gram) {
+  require(gram.dim() >= 2 && gram.size(-1) == gram.size(-2), "gram must be [..., K, K]");
+  require(gram.scalar_type() == ScalarType::Float || gram.scalar_type() == ScalarType::Double,
+          "gram must be float64 or float32");
+}
+
+/// As what weights are found from.
+inline void require_exact_gram(const Tensor& gram) {
+  require_gram(gram);
+  require(gram.scalar_type() == ScalarType::Double, "gram must be float64");
+}
+
+/// bool [..., K] of gram's leading dimensions, or absent.
+inline void require_active(const std::optional<Tensor>& active, const Tensor& gram) {
+  if (!active) return;
+  require(active->scalar_type() == ScalarType::Bool, "active must be bool");
+  require(active->dim() >= 1 && active->size(-1) == gram.size(-1) && same_lead(*active, 1, gram, 2),
+          "active must have the shape [..., K] of gram");
+}
+
+/// int64 [..., K, S] of gram's leading dimensions; what it holds is not looked at.
+inline void require_order(const Tensor& order, const Tensor& gram) {
+  require(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");
+  require(order.size(-2) == gram.size(-1) && same_lead(order, 2, gram, 2),
+          "order must have the shape [..., K, S] with the leading dimensions of gram");
+}
+
+inline void require_seed(const Tensor& seed) {
+  require(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
+}
+
+/// Uninitialised [..., inner] with gram's dtype, device and leading dimensions.
+inline Tensor empty_of_problems(const Tensor& gram, std::initializer_list<int64_t> inner) {
+  std::vector<int64_t> shape(gram.sizes().begin(), gram.sizes().end() - 2);
+  shape.insert(shape.end(), inner);
+  return torch::stable::new_empty(gram, shape);
+}
+
+}  // namespace mtlkernels

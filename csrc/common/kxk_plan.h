@@ -1,0 +1,40 @@
+#pragma once
+// How the kernels of the K x K stage are launched: threads and dynamic shared memory of a block. Plain C++ for host and device.
+
+#include "kxk_solvers.h"
+
+namespace mtlkernels {
+
+constexpr int kKxkMaxTasks = 64;
+constexpr int kTeamThreads = 32;  // a warp
+constexpr int kMaxRowTeams = 16;
+
+enum class GramFunction : int { cosine, magnitude_similarity, conflict_rate, condition_number };
+enum class Solver : int { mgda, cagrad };
+
+struct KxkLaunch {
+  int threads;
+  int64_t shared_bytes;
+};
+
+/// One problem a block, of one team: the Gram and the function's workspace.
+constexpr KxkLaunch gram_function_launch(GramFunction function, int64_t size) {
+  const int64_t workspace = function == GramFunction::condition_number ? condition_doubles(size)
+                            : function == GramFunction::conflict_rate  ? 0
+                                                                       : size;
+  return {kTeamThreads, (size * size + workspace) * 8};
+}
+
+/// One problem a block, of one team: the solver's workspace with the Gram at its start, the weights, and the active tasks.
+constexpr KxkLaunch solver_launch(int64_t size) {
+  return {kTeamThreads, (solver_doubles(size) + size) * 8 + (solver_integers(size) + size) * 4};
+}
+
+/// One problem a block, of a team per row, as many rows at a time as there are teams: the Gram and the coefficients, and for
+/// each team the inner products of its row and, where orders are random, its order and its keys.
+constexpr KxkLaunch projection_launch(int64_t size, bool random) {
+  const int64_t teams = size < 1 ? 1 : size < kMaxRowTeams ? size : kMaxRowTeams;
+  return {int(teams) * kTeamThreads, (2 * size * size + teams * size) * 8 + (random ? teams * size * 12 : 0)};
+}
+
+}  // namespace mtlkernels

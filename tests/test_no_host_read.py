@@ -1,0 +1,165 @@
+"""A step on a GPU never waits for it: asserted on the torch ops that a whole step dispatches for tensors without memory.
+
+Fake CUDA tensors where torch was built for CUDA; meta tensors elsewhere, where autograd and indexing refuse fake CUDA ones.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from device import CSRC
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import mtlkernels as mtl
+from mtlkernels._library import NAMESPACE, REFERENCES
+
+DEVICE = "cuda" if torch.version.cuda else "meta"
+
+REFUSALS = (RuntimeError, NotImplementedError, DataDependentOutputException, DynamicOutputShapeException)
+"""What reading a tensor without memory raises."""
+
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+"""Tags of the ops whose result, or its size, the host learns from the device's values: item, equal, nonzero and their like."""
+
+COPIES = ("copy_", "_to_copy", "to")
+
+KERNELS = {op for file in CSRC.glob("bindings/*_cuda.cpp") for op in re.findall(r'm\.impl\("(\w+)"', file.read_text())}
+"""Ops with a CUDA kernel. What their bindings call is asserted where the bindings run."""
+
+
+class HostReads(TorchDispatchMode):
+    """Records the torch ops that make the host wait for the device: values read, and blocking copies from or to it.
+
+    Ops of this package without a CUDA kernel are replaced by their reference, so that what it calls is seen, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = KERNELS
+        self.calls: list[str] = []
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.calls.append(str(func))
+        space, _, name = func._schema.name.partition("::")
+        if space == NAMESPACE and name not in self.kernels:
+            with self:
+                return REFERENCES[name](*args, **kwargs)
+        leaves = tree_leaves([args, kwargs])
+        devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+        devices |= {leaf.type for leaf in leaves if isinstance(leaf, torch.device)}
+        reads = name == "is_nonzero" or WAITS & set(func.tags)  # is_nonzero lacks the tag
+        copies = name in COPIES and "cpu" in devices and not kwargs.get("non_blocking")
+        if DEVICE in devices and (reads or copies):
+            self.reads.append(str(func))
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def recorder() -> Iterator[HostReads]:
+    with FakeTensorMode() if DEVICE == "cuda" else contextlib.nullcontext(), HostReads() as mode:
+        yield mode
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def step(weighting: Any, fused: bool = True, **options: Any) -> mtl.optim.StepInfo:
+    """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
+        # It refuses meta tensors, which the fused step itself takes.
+        patch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
+        shared = [empty(8, 5).requires_grad_(), empty(8, dtype=torch.bfloat16).requires_grad_()]
+        heads = {task: [empty(3, 8).requires_grad_()] for task in "abc"}
+        inner = torch.optim.AdamW([*shared, *(t for head in heads.values() for t in head)])
+        for group in inner.param_groups:
+            group["fused"] = fused
+        optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, **options)
+        return optimizer.step({task: empty().requires_grad_() for task in heads})
+
+
+def test_step_with_cagrad(recorder):
+    info = step(mtl.CAGrad(c=0.4), max_norm=1.0)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert {"mtlkernels.gram.default", "mtlkernels.combine_.default", "aten._fused_adamw_.default"} <= set(recorder.calls)
+
+
+@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}], ids=str)
+@pytest.mark.parametrize("weighting", ["cagrad", "mgda", "pcgrad", "mean"])
+def test_step_with_other_weightings_and_options(recorder, weighting, options):
+    step(weighting, **options)
+    assert recorder.reads == []
+
+
+@pytest.mark.parametrize("weighting", [pytest.param("cagrad", marks=pytest.mark.slow), "mgda", "pcgrad"])
+def test_references_of_the_solvers_read_nothing(recorder, weighting):
+    recorder.kernels = {"gram", "combine_"}
+    step(weighting)
+    assert recorder.reads == []
+    assert f"mtlkernels.{weighting}_weights.default" in recorder.calls
+
+
+def test_step_whose_optimizer_cannot_skip_on_the_device_reads_once(recorder):
+    with contextlib.suppress(*REFUSALS):  # there is no value to read
+        step("mean", fused=False)
+    assert len(recorder.reads) == 1
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": Tensor.item,
+    "tolist": lambda x: x.tolist(),
+    "bool": lambda x: bool((x > 0).all()),
+    "float": lambda x: float(x.sum()),
+    "cpu": Tensor.cpu,
+    "to": lambda x: x.to("cpu", torch.float64),
+    "copy to the host": lambda x: torch.empty(x.shape).copy_(x),
+    "copy from the host": lambda x: x.copy_(torch.zeros(x.shape)),
+    "nonzero": Tensor.nonzero,
+    "mask": lambda x: x.masked_select(x > 0),
+    "unique": torch.unique,
+    "equal": lambda x: torch.equal(x, x + 1),
+}
+
+
+@pytest.mark.parametrize("below_autograd", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_each_kind_of_read_is_recorded(recorder, read, below_autograd):
+    tensor = empty(1) if read == "item" else empty(3)
+    guard = torch._C._AutoDispatchBelowAutograd() if below_autograd else contextlib.nullcontext()
+    with guard, contextlib.suppress(*REFUSALS):
+        READS[read](tensor)
+    assert recorder.reads
+
+
+def test_a_read_planted_in_a_weighting_or_in_its_op_is_recorded(recorder, monkeypatch):
+    class Reads(mtl.Mean):
+        def weights(self, gram, *others):
+            return super().weights(gram, *others) * gram[0, 0].item()
+
+    with contextlib.suppress(*REFUSALS):
+        step(Reads())
+    assert len(recorder.reads) == 1
+
+    recorder.kernels = {"gram", "combine_"}
+    original = REFERENCES["mgda_weights"]
+    monkeypatch.setitem(REFERENCES, "mgda_weights", lambda gram, active: original(gram * gram.sum().item(), active))
+    with contextlib.suppress(*REFUSALS):
+        step("mgda")
+    assert len(recorder.reads) == 2
+
+
+def test_work_on_the_device_is_no_read(recorder):
+    x = empty(3)
+    torch.where(x > 0, x, 0.0).add_(torch.ones(())).to(torch.float64).cumsum(0)
+    assert recorder.reads == []
