@@ -34,7 +34,7 @@ kernels: $(VENV)/installed
 	$(ONE_THREAD) $(RUN) -m benchmarks.kernels $(ARGS)
 
 # On a machine with a GPU, with $(PYTHON) and what it has: no environment is made and nothing is downloaded. It needs nvcc,
-# torch, triton, ninja, setuptools and pytest, and runs compute-sanitizer where there is one. Built for the GPU that is there.
+# torch, triton, ninja, setuptools >= 77 and pytest, and runs compute-sanitizer where there is one. Built for the GPU that is there.
 test-gpu: gpu
 	MTLKERNELS_GPU_TESTS=cuda $(PYTHON) -m pytest tests/gpu $(ARGS)
 

@@ -17,8 +17,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+
+if int(__version__.split(".")[0]) < 77:
+    sys.exit(f"setuptools is {__version__}; building mtlkernels needs 77 or newer: pip install -U setuptools.")
 
 ROOT = Path(__file__).parent
 TORCH_FLOOR = "0x020b000000000000"  # 2.11, the oldest torch the library loads in

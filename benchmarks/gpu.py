@@ -171,7 +171,9 @@ def main() -> None:
         buffers = [torch.empty_like(t) for t in grads[0]]
         own = calls(grads, buffers)
         rows = [(backend("gram", device.type), op, call, traffic) for op, (call, traffic) in own.items()]
-        rows += [("triton", op, call, traffic) for op, (call, traffic) in own.items() if triton and op in ("gram", "combine", "mix")]
+        rows += [
+            ("triton", op, call, traffic) for op, (call, traffic) in own.items() if triton and op in ("gram", "combine", "mix")
+        ]
         rows += [("torch", op, call, traffic) for op, (call, traffic) in flat_calls(grads).items()]
         for kind, op, call, traffic in rows:
             if kind == "triton":
@@ -183,7 +185,9 @@ def main() -> None:
                 host = timer.host(call)
             share = 100 * traffic * size / median / copy
             label = f"{model} {dtype_name} K={num_tasks} {op} ({kind})"
-            print(f"{label:42}{median * 1e6:11.1f}{low * 1e6:10.1f}{high * 1e6:10.1f}{share:11.1f}{host * 1e6:9.1f}", flush=True)
+            print(
+                f"{label:42}{median * 1e6:11.1f}{low * 1e6:10.1f}{high * 1e6:10.1f}{share:11.1f}{host * 1e6:9.1f}", flush=True
+            )
             results.append(
                 {
                     "model": model, "dtype": dtype_name, "tasks": num_tasks, "op": op, "backend": kind, "seconds": median,

@@ -38,7 +38,7 @@ FEATURES = (
 )
 """What the kernels or their readers ask for, in the words of /proc/cpuinfo."""
 OPTIONAL = {
-    "triton": "PyTorch's CUDA builds bring it",
+    "triton": "for GPUs without the compiled CUDA kernels: pip install triton; PyTorch's GPU builds bring it",
     "scikit-learn": "for data and demo: pip install scikit-learn",
     "matplotlib": "for plot and demo: pip install matplotlib",
     "rich": "for demo: pip install rich",

@@ -329,7 +329,7 @@ define("mix(Tensor?[] grads, Tensor coefficients) -> Tensor[]", fake=_mix_fake, 
 def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     """M weighted sums of the K task gradients, out[m][n] = sum_k coefficients[m, k] * grads[k][n].
 
-    One read on the CPU; CUDA reads once for each of the M results.
+    One read of the gradients for all M results (on CUDA, for 64 at a time and up to 64 tasks).
 
     Args:
         grads: as in :func:`gram`.

@@ -28,14 +28,14 @@ View view(const Tensor& tensor, int64_t task, int64_t n) {
   AtenTensorHandle handle = tensor.get();
   int32_t dtype = 0;
   int64_t *sizes = nullptr, *strides = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &v.device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &v.device_index));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &v.data));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &v.dim));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &v.numel));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides));
+  check_torch(aoti_torch_get_device_type(handle, &v.device_type));
+  check_torch(aoti_torch_get_device_index(handle, &v.device_index));
+  check_torch(aoti_torch_get_data_ptr(handle, &v.data));
+  check_torch(aoti_torch_get_dtype(handle, &dtype));
+  check_torch(aoti_torch_get_dim(handle, &v.dim));
+  check_torch(aoti_torch_get_numel(handle, &v.numel));
+  check_torch(aoti_torch_get_sizes(handle, &sizes));
+  check_torch(aoti_torch_get_strides(handle, &strides));
   v.sizes = sizes;
   v.strides = strides;
   v.dtype = kernel_dtype(dtype, task, n);
@@ -108,8 +108,8 @@ Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, con
 
 bool Columns::same_device(const Tensor& tensor) const {
   int32_t type = 0, index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+  check_torch(aoti_torch_get_device_type(tensor.get(), &type));
+  check_torch(aoti_torch_get_device_index(tensor.get(), &index));
   return type == device_type_ && index == device_index_;
 }
 

@@ -26,6 +26,10 @@ constexpr int64_t kSerialWork = 1 << 17;
 /// Throws std::runtime_error with `message` and the place unless `condition` holds.
 void require(bool condition, const char* message, int64_t task = -1, int64_t tensor = -1);
 
+/// Throws where a call of torch's C interface failed, which has said why on stderr. (torch has this as a macro, whose name
+/// depends on the version.)
+inline void check_torch(AOTITorchError code) { require(code == AOTI_TORCH_SUCCESS, "a call of torch's C interface failed"); }
+
 /// The gradients of `grads` (task-major, num_tasks rows) column by column, optionally with the results beside them.
 class Columns {
  public:

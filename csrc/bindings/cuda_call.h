@@ -22,7 +22,7 @@ inline TensorList flat_gradients(const Columns& columns, const TensorList& grads
 
 inline cuda::Stream current_stream(int32_t device_index) {
   cuda::Stream stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  check_torch(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return stream;
 }
 

@@ -123,16 +123,13 @@ struct Multiplier<double, R> {
   }
 };
 
-/// 16 bytes of a row from element e on; what lies past `end`, and a null row, is zero. `whole`: all 16 bytes are there,
-/// aligned.
+/// 16 bytes of a row from element e on, one by one; what lies past `end`, and a null row, is zero.
 template <typename T>
-__device__ inline Packed<T> load_row(const T* row, int64_t e, int64_t end, bool whole) {
+__device__ inline Packed<T> load_tail(const T* row, int64_t e, int64_t end) {
   Packed<T> packed;
-  if (row == nullptr) return packed;
-  if (whole) return load_packed(row + e);
 #pragma unroll
   for (int lane = 0; lane < kLanes<T>; ++lane)
-    if (e + lane < end) packed.values[lane] = row[e + lane];
+    if (row && e + lane < end) packed.values[lane] = row[e + lane];
   return packed;
 }
 
@@ -171,13 +168,20 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
   const bool aligned = __syncthreads_and(mine);
 
   const auto load = [&](int64_t batch, Packed<T>(&to)[S::batch][S::groups]) {
+    const int64_t first = chunk.begin + (batch * warps + warp) * S::batch * S::step, e = first + lane % 4 * kLanes<T>;
+    if (aligned && first + S::batch * S::step <= chunk.end) {  // one branch for all rows, so that their loads go out together
 #pragma unroll
-    for (int b = 0; b < S::batch; ++b) {
-      const int64_t first = chunk.begin + ((batch * warps + warp) * S::batch + b) * S::step;
-      const int64_t e = first + lane % 4 * kLanes<T>;
-      const bool whole = aligned && first + S::step <= chunk.end;
+      for (int b = 0; b < S::batch; ++b)
 #pragma unroll
-      for (int g = 0; g < S::groups; ++g) to[b][g] = load_row(rows[8 * g + lane / 4], e, chunk.end, whole);
+        for (int g = 0; g < S::groups; ++g) {
+          const T* row = rows[8 * g + lane / 4];
+          if (row) to[b][g] = load_packed(row + e + b * S::step);
+        }
+    } else {
+#pragma unroll
+      for (int b = 0; b < S::batch; ++b)
+#pragma unroll
+        for (int g = 0; g < S::groups; ++g) to[b][g] = load_tail(rows[8 * g + lane / 4], e + b * S::step, chunk.end);
     }
   };
   Sum<T> sums[S::tiles][S::tile_sums] = {};

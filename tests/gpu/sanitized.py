@@ -20,7 +20,9 @@ def gradients(num_tasks: int, dtype: torch.dtype) -> list[list[torch.Tensor | No
 
 
 torch.manual_seed(0)
-for dtype, num_tasks in itertools.product([torch.float32, torch.bfloat16, torch.float16, torch.float64], [1, 2, 3, 4, 8, 11, 33]):
+for dtype, num_tasks in itertools.product(
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64], [1, 2, 3, 4, 8, 11, 33]
+):
     grads = gradients(num_tasks, dtype)
     if num_tasks == 1:
         grads = [row[:2] for row in grads]

@@ -209,7 +209,9 @@ def test_a_captured_aggregate_follows_the_gradients(gpu, weighting):
 @pytest.mark.parametrize("weighting", ["pcgrad", "mgda", "cagrad"])
 def test_a_step_reads_nothing_on_the_host(gpu, weighting):
     torch.manual_seed(0)
-    model = torch.nn.ModuleDict({"body": torch.nn.Linear(64, 64), "a": torch.nn.Linear(64, 1), "b": torch.nn.Linear(64, 1)}).to(gpu)
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(64, 64), "a": torch.nn.Linear(64, 1), "b": torch.nn.Linear(64, 1)}).to(
+        gpu
+    )
     inner = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=model["body"].parameters())
 

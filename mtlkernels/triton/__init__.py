@@ -1,0 +1,20 @@
+"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_ and mix.
+
+For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype whatever the number of tensors: pointer
+tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline tables in the
+ops' own files, so that no step ever tunes. :mod:`.targets` lists every kernel for compilation ahead of time.
+
+Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because importing Triton takes long. With the environment
+variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
+"""
+
+from . import combine, gram
+
+OPS = {
+    "gram": gram.gram,
+    "cross_gram": gram.cross_gram,
+    "combine": combine.combine,
+    "combine_": combine.combine_,
+    "mix": combine.mix,
+}
+"""Op name -> implementation with the op's own signature."""

@@ -1,0 +1,77 @@
+"""Every kernel that the Triton backend can launch, compiled ahead of time and without a GPU."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import combine, gram
+from .launch import NVIDIA, TYPES, Chip
+
+GPUS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+"""Name -> what Triton compiles for."""
+CHIPS = dict.fromkeys(GPUS, NVIDIA) | {"gfx942": Chip(64, False)}
+
+
+class Target(NamedTuple):
+    """A kernel at one row class and dtype: what tells it apart from every other compiled kernel."""
+
+    kernel: Any
+    num_rows: int
+    dtype: torch.dtype
+    variant: str
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kernel.fn.__name__}-{self.variant}-{dtype}-{self.num_rows}"
+
+    def launch_options(self, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Constants and options, from the op's own table."""
+        if self.kernel is gram.gram_finish:
+            return gram.finish_meta(chip)
+        if self.kernel is combine.combine_chunks:
+            return combine.meta(self.num_rows, self.dtype, self.variant == "combine", chip)
+        _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip)
+        return constants, options
+
+
+def targets() -> Iterator[Target]:
+    """All of them."""
+    for dtype in TYPES:
+        for num_rows in combine.CLASSES:
+            for variant in ("combine", "mix"):
+                yield Target(combine.combine_chunks, num_rows, dtype, variant)
+        for num_rows in gram.CLASSES:
+            for variant in ("chunks", "channels"):
+                yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
+    yield Target(gram.gram_finish, 0, torch.float64, "finish")
+
+
+def signature(target: Target) -> dict[str, str]:
+    """Types of the run-time arguments, as Triton writes them: what a call of the op passes."""
+    if target.kernel is gram.gram_finish:
+        pointers = {"partials": "*fp64", "slots": "*i64", "gram": "*fp64"}
+        numbers = ["num_rows", "first_column", "num_columns", "num_blocks"]
+    elif target.kernel is combine.combine_chunks:
+        pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
+        numbers = ["num_tensors", "num_rows", "num_results"]
+    else:
+        pointers = {"table": "*i64", "out": "*fp64"}
+        numbers = ["num_tensors", "num_rows", "num_blocks"]
+    return pointers | dict.fromkeys(numbers, "i32")
+
+
+def compile_ahead(target: Target, gpu: str) -> Any:
+    """The compiled kernel, with ``asm`` and ``metadata``; ``gpu`` is a name of ``GPUS``."""
+    constants, options = target.launch_options(CHIPS[gpu])
+    types = signature(target) | dict.fromkeys(constants, "constexpr")
+    return triton.compile(ASTSource(target.kernel, types, constants), target=GPUS[gpu], options=options)

@@ -1,0 +1,198 @@
+"""A fault of every kind, planted in a copy of the device code, is caught by the ordinary checks; else these prove nothing."""
+
+import math
+import mmap
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import device
+import kernels
+import numpy as np
+import ptxsim
+import pytest
+import sass
+import test_cuda_combine
+import test_cuda_gram
+import test_cuda_mix
+from device import CSRC, FLOAT16, FLOAT32, address, requires_nvcc
+from ptxsim import SimError
+from ptxsim.roofline import CHIPS
+from simulated import Launch
+
+pytestmark = requires_nvcc
+
+Plant = Callable[..., Path]
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
+    """Replaces text of a file of csrc, in a copy that everything compiles from until the test ends; returns the copy."""
+
+    def run(file: str, *changes: tuple[str, str]) -> Path:
+        for folder in ("cuda", "common", "testing"):
+            shutil.copytree(CSRC / folder, tmp_path / folder, dirs_exist_ok=True)
+        text = (tmp_path / file).read_text()
+        for old, new in changes:
+            assert old in text, f"{old!r} is not in {file} any more; plant the fault elsewhere"
+            text = text.replace(old, new)
+        (tmp_path / file).write_text(text)
+        monkeypatch.setattr(device, "CSRC", tmp_path)
+        forget()
+        return tmp_path
+
+    def forget() -> None:
+        device.compile_kernels.cache_clear()
+        device.testing_module.cache_clear()
+
+    yield run
+    forget()
+
+
+def test_a_missing_barrier_is_a_race(plant):
+    plant(
+        "cuda/reduce.cuh",
+        ("  __syncthreads();\n  for (int i = threadIdx.x; i < count", "  for (int i = threadIdx.x; i < count"),
+    )
+    with pytest.raises(SimError) as caught:
+        test_cuda_gram.test_matches_float64_at_tails_and_chunks(FLOAT32, 3)
+    assert caught.value.kind in ("race", "uninitialised")
+
+
+def test_two_threads_that_store_different_values_are_a_race(plant):
+    plant("cuda/reduce.cuh", ("if (threadIdx.x % kWarpSize == 0) scratch", "scratch"))
+    with pytest.raises(SimError) as caught:
+        test_cuda_gram.test_matches_float64_at_tails_and_chunks(FLOAT32, 3)
+    assert caught.value.kind == "race"
+
+
+def test_a_tail_that_runs_out_of_bounds(plant):
+    plant("cuda/combine.cuh", ("threadIdx.x; e < end; e +=", "threadIdx.x; e <= end; e +="))
+    with pytest.raises(SimError) as caught:
+        test_cuda_combine.test_matches_float64_at_tails_and_chunks(FLOAT32, 2)
+    assert caught.value.kind == "out-of-bounds"
+
+
+def test_a_misaligned_vector_load(plant):
+    plant("cuda/vec.cuh", ("return (reinterpret_cast<uintptr_t>(pointer) & 15) == 0;", "return true;"))
+    with pytest.raises(SimError) as caught:
+        test_cuda_gram.test_misaligned_rows_take_the_scalar_path(FLOAT32, 3, 1)
+    assert caught.value.kind == "misaligned"
+
+
+def test_a_forgotten_absent_row(plant):
+    plant("cuda/gram.cuh", ("rows[k] ? widen(rows[k][e]) : Sum<T>(0)", "widen(rows[k][e])"))
+    with pytest.raises(SimError) as caught:
+        test_cuda_gram.test_absent_rows_count_as_zero(3)
+    assert caught.value.kind == "out-of-bounds"
+    assert caught.value.address < kernels.CHUNK * 16  # at an offset from null
+
+
+def test_a_dropped_tail(plant):
+    plant("cuda/gram.cuh", ("threadIdx.x; e < chunk.end; e += kGramThreads", "threadIdx.x; e < 0; e += kGramThreads"))
+    with pytest.raises(AssertionError):
+        test_cuda_gram.test_matches_float64_at_tails_and_chunks(FLOAT32, 3)
+
+
+def test_float_atomics_depend_on_the_schedule(plant):
+    ordered = "if (threadIdx.x % kWarpSize == 0) scratch[warp * count + i] = sum;"
+    atomic = """if (threadIdx.x == 0) scratch[i] = 0;
+    __syncthreads();
+    if (threadIdx.x % kWarpSize == 0) atomicAdd(scratch + i, sum);"""
+    plant("cuda/reduce.cuh", (ordered, atomic), ("w < warps", "w < 1"))
+    with pytest.raises(AssertionError):
+        test_cuda_gram.test_any_schedule_gives_the_same_bits(3)
+
+
+def test_a_missing_wait_for_asynchronous_copies(plant):
+    plant("cuda/mix.cuh", ("  __pipeline_wait_prior(0);\n", ""))
+    with pytest.raises(SimError) as caught:
+        test_cuda_mix.test_matches_float64_at_tails_and_chunks(FLOAT32, 3, 5)
+    assert caught.value.kind == "uninitialised"
+
+
+# --- indices ------------------------------------------------------------------------------------------------------------------
+
+
+def combine_past_2_to_the_31() -> None:
+    """Combines the last chunk of two float16 gradients with 2^31 + 100 elements, which take no memory where none is touched."""
+    size, tail = 2**31 + 100, 100
+    rows = [np.frombuffer(mmap.mmap(-1, 2 * size, mmap.MAP_PRIVATE | 0x4000), np.float16) for _ in range(3)]
+    for k, row in enumerate(rows):
+        row[-tail:] = k + 1
+    weights = ptxsim.empty(2, dtype=np.float64)
+    weights[...] = 2, 3
+    ((table, blocks),) = device.testing_module().plan([[*map(address, [*rows, weights])]], [size], 4)
+    assert blocks == math.ceil(size / kernels.CHUNK)
+    # Block 0 takes the place of the last one: its offset within the tensor is what find_chunk subtracts it from.
+    offsets = 16 + 4 * 8 + 8
+    table = table[:offsets] + np.int32(1 - blocks).tobytes() + table[offsets + 4 :]
+    test_cuda_combine.kernels(FLOAT16).launch(
+        "combine<__half,2>", grid=1, block=device.THREADS, args=[table], mem=rows, readonly=[*rows[:2], weights]
+    )
+    assert (rows[2][-tail:] == 2 * 1 + 3 * 2).all()
+
+
+def test_elements_past_2_to_the_31():
+    combine_past_2_to_the_31()
+
+
+@pytest.mark.parametrize(
+    ("file", "index", "narrow"),
+    [
+        (
+            "common/launch_plan.h",
+            "int64_t(block - offsets[low]) * chunk_size",
+            "int32_t(unsigned(block - offsets[low]) * chunk_size)",
+        ),
+        ("cuda/combine.cuh", "for (int64_t e = ", "for (int32_t e = "),
+    ],
+    ids=["plan", "kernel"],
+)
+def test_a_32_bit_index(plant, file, index, narrow):
+    plant(file, (index, narrow))
+    with pytest.raises((SimError, AssertionError)):
+        combine_past_2_to_the_31()
+
+
+# --- compiled code ------------------------------------------------------------------------------------------------------------
+
+ONE_WARP = """
+__global__ void __launch_bounds__(32) one_warp(const float4* from, float* to, int count) {
+  extern __shared__ float memory[];  // as much as a block can have: one warp on the SM
+  float sum = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += 32) {
+    const float4 value = from[i];
+    sum += value.x + value.y + value.z + value.w;
+  }
+  memory[threadIdx.x] = sum;
+  to[blockIdx.x * 32 + threadIdx.x] = memory[threadIdx.x];
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["A100", "H100", "B200"])
+def test_one_warp_a_multiprocessor_has_too_little_in_flight(tmp_path, name):
+    chip = CHIPS[name]
+    (tmp_path / "one_warp.cu").write_text(ONE_WARP)
+    functions, resources = sass.compile_source(tmp_path / "one_warp.cu", chip.arch)
+    ((symbol, function),) = functions.items()
+    compiled = kernels.Compiled(symbol, function, resources[symbol])
+    launch = Launch("one_warp", (chip.sms, 1, 1), (32, 1, 1), chip.shared_bytes - 1024, 0, 0, ptxsim.Report())
+
+    assert function.bytes_in_flight == 16
+    assert kernels.resident_blocks(chip, compiled, launch) == 1
+    assert kernels.bytes_in_flight(chip, compiled, launch) < kernels.bytes_in_flight_bar(chip) / 10
+    # The same code in blocks that fit beside each other has 64 times as much.
+    many = Launch("many_warps", (chip.sms, 1, 1), (1024, 1, 1), 0, 0, 0, ptxsim.Report())
+    assert kernels.bytes_in_flight(chip, compiled, many) == 2048 * 16
+
+
+def test_too_few_registers_spill(plant):
+    ordinary = kernels.compile_library_source(CSRC / "cuda/mix.cu", "sm_90")
+    assert not [complaint for kernel in ordinary.values() for complaint in kernels.complaints(kernel)]
+
+    changed = plant("cuda/mix.cuh", ("__launch_bounds__(256)", "__launch_bounds__(256, 8)"))  # 32 registers
+    starved = kernels.compile_library_source(changed / "cuda/mix.cu", "sm_90")
+    assert any("spill" in complaint for kernel in starved.values() for complaint in kernels.complaints(kernel))

@@ -1,0 +1,112 @@
+"""The Triton kernels compiled ahead of time for every GPU of targets.py: no spills, 16-byte loads, registers to spare."""
+
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import ptxsim
+import pytest
+import torch
+from helpers import random_gradients
+from triton_device import signature
+
+from mtlkernels import _library
+from mtlkernels.triton import combine, gram, launch, targets
+
+ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
+SHARD = 8
+SEED = 20
+CHOSEN = set(random.Random(SEED).sample(range(len(ALL)), SHARD))
+
+
+def cases() -> Sequence:
+    """Every kernel on every GPU; those outside of the shard that SEED draws are slow."""
+    return [
+        pytest.param(target, gpu, id=f"{target}-{gpu}", marks=() if i in CHOSEN else pytest.mark.slow)
+        for i, (target, gpu) in enumerate(ALL)
+    ]
+
+
+def max_registers(target: targets.Target) -> int:
+    """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
+    if target.kernel is gram.gram_finish:
+        return 64
+    if target.kernel is combine.combine_chunks:
+        return 160
+    if target.num_rows <= 4:
+        return 128
+    return 255 if (target.num_rows, target.dtype) == (64, torch.float32) else 216
+
+
+@pytest.mark.parametrize(("target", "gpu"), cases())
+def test_compiled_code(target, gpu):
+    compiled = targets.compile_ahead(target, gpu)
+    if gpu.startswith("gfx"):
+        check_amd(target, compiled)
+        return
+    (used,) = ptxsim.from_triton(compiled).resources().values()
+    assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0
+    assert used["registers"] <= max_registers(target)
+    assert compiled.metadata.shared <= 99 * 1024  # sm_86, 89 and 120 have the least
+    text = compiled.asm["ptx"]
+    assert ".local" not in text
+    if target.kernel is not gram.gram_finish:
+        assert re.search(r"ld\.global\.v(4\.b32|2\.b64)|cp\.async\.cg\.shared\.global .*0x10", text)
+    if target.kernel is combine.combine_chunks:
+        # A thread writes its share of a tile, which is less than 16 bytes where rows are many.
+        assert re.search(r"st\.global\.v(2|4)\.b(32|64)", text) or target.num_rows >= 8
+
+
+def check_amd(target: targets.Target, compiled) -> None:
+    text = compiled.asm["amdgcn"]
+    used = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\b", text)}
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    assert used["vgpr_spill_count"] == 0
+    assert used["private_segment_fixed_size"] == 0
+    assert used["vgpr_count"] <= 512 - 128 * (target.num_rows <= 4)
+    assert compiled.metadata.shared <= 64 * 1024
+    if target.kernel is not gram.gram_finish:
+        assert re.search(r"(global|buffer)_load_dwordx4", text)
+
+
+def key(kernel, types: dict, constants: dict, options: dict) -> tuple:
+    return kernel.fn.__name__, *(tuple(sorted(d.items(), key=str)) for d in (types, constants, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 3, 8, 9, 40])
+def test_every_launch_is_on_the_list(dtype, num_tasks):
+    listed = {key(t.kernel, targets.signature(t), *t.launch_options()) for t in targets.targets()}
+    columns = list(zip(*random_gradients(num_tasks, [(300,), (7, 5)], dtype), strict=True))
+    launches = [*gram.plan(columns, num_tasks, "model").launches, *gram.plan(columns, num_tasks, "channel").launches]
+    for num_results in (1, 2):
+        placed = [combine.Column(c, [torch.empty_like(c[0])] * num_results, 0) for c in columns]
+        launches += combine.plan(placed, torch.ones(num_results, num_tasks, dtype=torch.float64))
+    assert len(launches) == 5
+    for own in launches:
+        assert key(own.kernel, signature(own), own.constants, own.options) in listed
+
+
+def test_more_blocks_than_a_grid_has():
+    work = launch.Work(2**45, 8192, 0, [16])
+    with pytest.raises(ValueError, match=r"take 4294967296 blocks, a launch at most 2147483647; pass fewer"):
+        launch.table_of([work])
+
+
+def test_the_package_imports_without_triton():
+    code = """
+import sys
+import mtlkernels
+assert not any(name.partition(".")[0] == "triton" for name in sys.modules), "Triton is imported"
+"""
+    environment = {"PYTHONPATH": str(_library.PACKAGE.parent), "PATH": "", "MTLKERNELS_DISABLE_C": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_too_many_tasks():
+    with pytest.raises(ValueError, match=r"grads has 65 rows; gram takes at most 64 in Triton"):
+        gram.meta(65, torch.float32, False)
+    with pytest.raises(ValueError, match=r"grads has 257 rows; combine and mix take at most 256 tasks in Triton"):
+        combine.meta(257, torch.float32, True)

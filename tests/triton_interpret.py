@@ -1,0 +1,136 @@
+"""The ops with Triton's interpreter behind them: run by test_triton_interpreter.py with TRITON_INTERPRET=1, which Triton reads
+when it is imported. The interpreter takes milliseconds a program, so the tensors are small."""
+
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    LAYOUTS,
+    UNIT_ROUNDOFF,
+    assert_combined,
+    assert_gram,
+    assert_unchanged,
+    drop,
+    expected_combine,
+    random_gradients,
+    snapshot,
+    to_numpy,
+)
+
+import mtlkernels as mtl
+from mtlkernels import dispatch
+
+SHAPES = [(300,), (3, 5), (), (2, 0)]
+
+
+@pytest.fixture(autouse=True)
+def interpreted():
+    with mtl.use_backend("triton"):
+        assert dispatch.backend("gram", "cpu") == "triton"
+        yield
+    assert dispatch.backend("gram", "cpu") != "triton"
+
+
+def check_combined(actual, grads, weights) -> None:
+    """As assert_combined, but the interpreter truncates where it rounds to bfloat16: a whole unit of the last place."""
+    if grads[0][0] is None or grads[0][0].dtype != torch.bfloat16:
+        assert_combined(actual, grads, weights)
+        return
+    for tensor, value in zip(actual, expected_combine(grads, weights), strict=True):
+        exact, size = value
+        assert (abs(to_numpy(tensor) - exact) <= 2 * UNIT_ROUNDOFF[torch.bfloat16] * abs(exact) + 1e-5 * size).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 3, 9])
+def test_all_ops(dtype, num_tasks):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    grads[0][0] = LAYOUTS["misaligned"](grads[0][0].view(1, -1)).view(-1)
+    before = snapshot(grads)
+    weights = torch.linspace(-1, 2, num_tasks, dtype=torch.float64)
+
+    if num_tasks <= 8 or dtype != torch.bfloat16:  # the interpreter multiplies the bits of bfloat16 matrices as integers
+        assert_gram(mtl.gram(grads), grads)
+    check_combined(mtl.combine(grads, weights), grads, weights)
+    for row, own in zip(mtl.mix(grads, torch.stack([weights, -weights])), (weights, -weights), strict=True):
+        check_combined(row, grads, own)
+    assert_unchanged(before)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 9])
+def test_absent_gradients(num_tasks):
+    grads = drop(random_gradients(num_tasks, [(40,), (3, 5), (2, 3)]), (0, 0), *((k, 1) for k in range(num_tasks)))
+    weights = torch.linspace(-1, 2, num_tasks)
+    for per in ("model", "tensor", "channel"):
+        assert_gram(mtl.gram(grads, per=per), grads, per=per)
+    check_combined(mtl.combine(grads, weights), grads, weights)
+
+
+@pytest.mark.parametrize("per", ["model", "tensor", "channel"])
+def test_cross_gram(per):
+    rows = drop(random_gradients(5, [(40,) if per == "model" else (4,), (3, 5)]), (0, 1), (4, 0))
+    assert_gram(mtl.gram(rows[:3], rows[3:], per=per), rows[:3], rows[3:], per=per)
+
+
+def test_mixed_dtypes():
+    grads = [[row[0].bfloat16(), row[1], row[2].double()] for row in random_gradients(2, [(40,), (30,), (20,)])]
+    assert_gram(mtl.gram(grads), grads)
+    assert_gram(mtl.gram(grads, per="tensor"), grads, per="tensor")
+
+
+def test_in_place_and_overlapping_buffers():
+    weights = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
+    grads = random_gradients(2, [(40,), (30,)])
+    expected = expected_combine(grads, weights)
+    mtl.combine(grads, weights, out=grads[1])
+    assert_combined(grads[1], grads, weights, expected=expected)
+
+    base = torch.randn(100)
+    grads = [[base[:60], base[10:50]], [base[30:90], base[20:60]]]
+    out = [torch.zeros(60), base[:40]]
+    expected = expected_combine(grads, weights)
+    mtl.combine(grads, weights, out=out)
+    assert_combined(out, grads, weights, expected=expected)
+
+
+def test_aggregate_and_project_run_on_it():
+    grads = random_gradients(3, [(30,), (2, 5)])
+    with mtl.use_backend("reference"):
+        expected = mtl.aggregate(grads, "mgda"), mtl.project(grads)
+    actual = mtl.aggregate(grads, "mgda"), mtl.project(grads)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_bad_input_names_the_place():
+    grads = random_gradients(2, [(4,), (5,)])
+    grads[1][1] = torch.zeros(6)
+    with pytest.raises(ValueError, match=r"grads\[1\]\[1\] \(task 1, tensor 1\) has shape \(6,\)"):
+        mtl.gram(grads)
+    with pytest.raises(ValueError, match=r"grads\[1\]\[1\] \(task 1, tensor 1\) has shape \(6,\)"):
+        mtl.combine(grads, torch.ones(2))
+    with pytest.raises(ValueError, match="65 rows"):
+        mtl.gram(torch.zeros(65, 3))
+    shared = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"out\[1\] shares memory with out\[0\]"):
+        mtl.combine(random_gradients(2, [(4,), (5,)]), torch.ones(2), out=[shared[:4], shared])
+
+
+def test_an_inner_backend_gives_way_to_the_outer_one_again():
+    rows = torch.ones(65, 3)  # one row more than Triton's kernels take
+    with mtl.use_backend("reference"):
+        assert dispatch.backend("gram", "cpu") == "reference"
+        assert (mtl.gram(rows) == 3).all()
+        with mtl.use_backend("triton"), pytest.raises(ValueError, match="65 rows"):
+            mtl.gram(rows)
+        assert (mtl.gram(rows) == 3).all()
+    assert dispatch.backend("gram", "cpu") == "triton"
+    with pytest.raises(ValueError, match="65 rows"):
+        mtl.gram(rows)
+
+
+def test_nothing_to_do():
+    assert (mtl.gram([[], []]) == 0).all()
+    assert mtl.combine([[None, None]], torch.ones(1)) == [None, None]
+    assert (mtl.gram(torch.zeros(2, 0)) == 0).all()
+    assert mtl.mix(torch.ones(2, 3), torch.ones(0, 2)) == []
