@@ -74,7 +74,8 @@ class Device:
 
     def solve(self, op: str, gram: Tensor, active: Tensor | None = None, c: float = 0.4) -> Tensor:
         kernel = f"solve<(mtlkernels::Solver){SOLVERS.index(op)}>"
-        return self._launch(op, kernel, gram, [active, c], gram.new_empty(gram.shape[:-1]))
+        options = ptxsim.Struct(np.float64(c), None)
+        return self._launch(op, kernel, gram, [active, options], gram.new_empty(gram.shape[:-1]))
 
     def project(self, gram: Tensor, order: Tensor, conflict_only: bool) -> Tensor:
         arguments = [order, order.shape[-1], conflict_only]

@@ -36,6 +36,13 @@ inline void require_active(const std::optional<Tensor>& active, const Tensor& gr
           "active must have the shape [..., K] of gram");
 }
 
+/// float64 [K], or absent: what a method takes of each task.
+inline void require_values(const std::optional<Tensor>& values, const Tensor& gram) {
+  if (!values) return;
+  require(values->scalar_type() == ScalarType::Double && values->dim() == 1 && values->size(0) == gram.size(-1),
+          "the values of the tasks must be float64 [K]");
+}
+
 /// int64 [..., K, S] of gram's leading dimensions; what it holds is not looked at.
 inline void require_order(const Tensor& order, const Tensor& gram) {
   require(order.dim() >= 2 && order.scalar_type() == ScalarType::Long, "order must be int64 [..., K, S]");

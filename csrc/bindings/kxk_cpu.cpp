@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/kxk_solvers.h"
+#include "../common/kxk_weights.h"
 #include "../common/philox.h"
 #include "kxk.h"
 
@@ -149,17 +149,21 @@ Tensor condition_number_op(const Tensor& gram) {
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
 
 /// Solves each problem over its active tasks, as if the others did not exist: they get weight 0.
-template <class Solver>
-Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, const Solver& solver) {
+template <Solver solver>
+Tensor solve(const Tensor& gram, const std::optional<Tensor>& active, double number = 0.0,
+             const std::optional<Tensor>& values = std::nullopt) {
   require_exact_gram(gram);
   require_active(active, gram);
+  require_values(values, gram);
   const Grams grams(gram);
   const int size = grams.size();
   const Batch mask(active ? *active : gram, active ? 1 : 2);
+  const std::vector<double> given =
+      values ? read_matrix(*values, "the values of the tasks must be on the CPU") : std::vector<double>();
   Tensor result = empty_of_problems(gram, {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
-    std::vector<double> matrix(size * size), workspace(solver_doubles(size)), packed(size), weights(size);
-    std::vector<int> integers(solver_integers(size)), tasks(size);
+    std::vector<double> matrix(size * size), workspace(solver_doubles(solver, size)), own(size), packed(size), weights(size);
+    std::vector<int> integers(solver_integers(solver, size)), tasks(size);
     for (int64_t b = begin; b < end; ++b) {
       grams.load(b, matrix.data());
       int count = 0;
@@ -169,8 +173,11 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
       }
       for (int i = 0; i < count; ++i) {  // rows and columns move towards the front, so none is read after it was written
         for (int j = 0; j < count; ++j) matrix[i * count + j] = matrix[tasks[i] * size + tasks[j]];
+        if (values) own[i] = given[tasks[i]];
       }
-      if (count > 0) solver(matrix.data(), count, workspace.data(), integers.data(), packed.data());
+      const SolverOptions options{number, values ? own.data() : nullptr};
+      if (count > 0)
+        find_weights<solver>(Serial(), matrix.data(), count, options, workspace.data(), integers.data(), packed.data());
       std::fill(weights.begin(), weights.end(), 0.0);
       for (int i = 0; i < count; ++i) weights[tasks[i]] = packed[i];
       store(result, b * size, weights.data(), size);
@@ -179,16 +186,10 @@ Tensor solve_active(const Tensor& gram, const std::optional<Tensor>& active, con
   return result;
 }
 
-Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) {
-  return solve_active(gram, active, [](const double* matrix, int size, double* doubles, int* integers, double* weights) {
-    mgda_weights(Serial(), matrix, size, doubles, integers, weights);
-  });
-}
+Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve<Solver::mgda>(gram, active); }
 
 Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
-  return solve_active(gram, active, [c](const double* matrix, int size, double* doubles, int* integers, double* weights) {
-    cagrad_weights(Serial(), matrix, size, c, doubles, integers, weights);
-  });
+  return solve<Solver::cagrad>(gram, active, c);
 }
 
 // --- projections ------------------------------------------------------------------------------------------------------

@@ -54,23 +54,25 @@ Tensor condition_number_op(const Tensor& gram) { return apply(GramFunction::cond
 
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
 
-Tensor solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double c) {
+Tensor solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double number = 0.0,
+             const std::optional<Tensor>& values = std::nullopt) {
   require_exact_gram(gram);
   require_active(active, gram);
+  require_values(values, gram);
   Tensor result = empty_of_problems(gram, {gram.size(-1)});
   launch(gram, result, [&](const void* data, int64_t problems, int size, cuda::Stream stream) {
-    std::optional<Tensor> mask;
+    std::optional<Tensor> mask, own;
     if (active) mask = beside(*active, gram, "active is not on gram's device");
+    if (values) own = beside(*values, gram, "the values of the tasks are not on gram's device");
+    const SolverOptions options{number, own ? static_cast<const double*>(own->const_data_ptr()) : nullptr};
     return cuda::solve(solver, static_cast<const double*>(data), problems, size,
-                       mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, c,
+                       mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, options,
                        static_cast<double*>(result.mutable_data_ptr()), stream);
   });
   return result;
 }
 
-Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) {
-  return solve(Solver::mgda, gram, active, 0.0);
-}
+Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve(Solver::mgda, gram, active); }
 
 Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
   return solve(Solver::cagrad, gram, active, c);

@@ -1,7 +1,7 @@
 #pragma once
 // How the kernels of the K x K stage are launched: threads and dynamic shared memory of a block. Plain C++ for host and device.
 
-#include "kxk_solvers.h"
+#include "kxk_weights.h"
 
 namespace mtlkernels {
 
@@ -10,7 +10,6 @@ constexpr int kTeamThreads = 32;  // a warp
 constexpr int kMaxRowTeams = 16;
 
 enum class GramFunction : int { cosine, magnitude_similarity, conflict_rate, condition_number };
-enum class Solver : int { mgda, cagrad };
 
 struct KxkLaunch {
   int threads;
@@ -25,9 +24,10 @@ constexpr KxkLaunch gram_function_launch(GramFunction function, int64_t size) {
   return {kTeamThreads, (size * size + workspace) * 8};
 }
 
-/// One problem a block, of one team: the solver's workspace with the Gram at its start, the weights, and the active tasks.
-constexpr KxkLaunch solver_launch(int64_t size) {
-  return {kTeamThreads, (solver_doubles(size) + size) * 8 + (solver_integers(size) + size) * 4};
+/// One problem a block, of one team: the solver's workspace with the Gram at its start, the weights, the values of the active
+/// tasks, and which these are.
+constexpr KxkLaunch solver_launch(Solver solver, int64_t size) {
+  return {kTeamThreads, (solver_doubles(solver, size) + 2 * size) * 8 + (solver_integers(solver, size) + size) * 4};
 }
 
 /// One problem a block, of a team per row, as many rows at a time as there are teams: the Gram and the coefficients, and for

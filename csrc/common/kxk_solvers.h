@@ -10,9 +10,9 @@ namespace mtlkernels {
 /// Between the rows of a solver's matrices: odd, so that threads that read a column meet in no bank of shared memory.
 MTL_HOST_DEVICE constexpr int solver_stride(int size) { return size | 1; }
 
-/// Doubles and integers of workspace that the solvers below need for K tasks.
-MTL_HOST_DEVICE constexpr int64_t solver_doubles(int64_t size) { return 2 * size * (size | 1) + 8 * size; }
-MTL_HOST_DEVICE constexpr int64_t solver_integers(int64_t size) { return 2 * size; }
+/// Doubles and integers of workspace that a quadratic program needs for K tasks.
+MTL_HOST_DEVICE constexpr int64_t program_doubles(int64_t size) { return 2 * size * (size | 1) + 8 * size; }
+MTL_HOST_DEVICE constexpr int64_t program_integers(int64_t size) { return 2 * size; }
 
 /// min_{u >= 0} u' R u / 2 - right(t)' u with right(t) = t slope - offset and R positive semidefinite with unit diagonal.
 ///

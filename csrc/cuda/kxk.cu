@@ -23,6 +23,13 @@ void (*pick(GramFunction function))(const T*, int, T*) {
   }
 }
 
+void (*pick(Solver solver))(const double*, int, const bool*, SolverOptions, double*) {
+  switch (solver) {
+    case Solver::mgda: return mtlkernels::solve<Solver::mgda>;
+    default: return mtlkernels::solve<Solver::cagrad>;
+  }
+}
+
 }  // namespace
 
 const char* gram_function(GramFunction function, DType dtype, const void* gram, int64_t problems, int size, void* result,
@@ -34,10 +41,9 @@ const char* gram_function(GramFunction function, DType dtype, const void* gram, 
                                           size, static_cast<double*>(result));
 }
 
-const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, double c, double* weights,
-                  Stream stream) {
-  const auto kernel = solver == Solver::mgda ? mtlkernels::solve<Solver::mgda> : mtlkernels::solve<Solver::cagrad>;
-  return launch(kernel, problems, solver_launch(size), stream, gram, size, active, c, weights);
+const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, SolverOptions options,
+                  double* weights, Stream stream) {
+  return launch(pick(solver), problems, solver_launch(solver, size), stream, gram, size, active, options, weights);
 }
 
 const char* projection_coefficients(const double* gram, int64_t problems, int size, const int64_t* order, int64_t steps,

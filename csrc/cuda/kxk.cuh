@@ -1,6 +1,6 @@
 #pragma once
 // The K x K stage: a warp, or for projections a warp per row, solves one problem in shared memory with the functions of
-// common/kxk.h and common/kxk_solvers.h. Compiled without FMA contraction, so that results have the bits of the host's.
+// common/kxk.h and common/kxk_weights.h. Compiled without FMA contraction, so that results have the bits of the host's.
 
 #include "../common/kxk_plan.h"
 #include "../common/philox.h"
@@ -91,26 +91,23 @@ __device__ inline int list_active(const Warp& team, const bool* active, int size
 }
 
 /// weights[problem] [K] for Grams [problems, K, K], over the tasks where `active` [problems, K] is true (null: all), as if the
-/// others did not exist: they get 0. `c` is CAGrad's. Launch: solver_launch, a block per problem.
+/// others did not exist: they get 0. `options.values` [K] are the same for all problems. Launch: solver_launch, a block per
+/// problem.
 template <Solver solver>
 __global__ void __launch_bounds__(kTeamThreads, 1)
-    solve(const double* gram, int size, const bool* active, double c, double* weights) {
+    solve(const double* gram, int size, const bool* active, SolverOptions options, double* weights) {
   const Warp team{static_cast<int>(threadIdx.x)};
   const int64_t problem = blockIdx.x, row = problem * size;
-  double *workspace = kxk_shared, *packed = workspace + solver_doubles(size);
-  int *integers = reinterpret_cast<int*>(packed + size), *tasks = integers + solver_integers(size);
+  double *workspace = kxk_shared, *packed = workspace + solver_doubles(solver, size), *values = packed + size;
+  int *integers = reinterpret_cast<int*>(values + size), *tasks = integers + solver_integers(solver, size);
   const int count = list_active(team, active ? active + row : nullptr, size, tasks);
   for (int i = 0; i < count; ++i) {
     for (int j = team.lane; j < count; j += Warp::size) workspace[i * count + j] = gram[(row + tasks[i]) * size + tasks[j]];
   }
+  for (int i = team.lane; options.values && i < count; i += Warp::size) values[i] = options.values[tasks[i]];
   team.sync();
-  if (count > 0) {
-    if constexpr (solver == Solver::mgda) {
-      mgda_weights(team, workspace, count, workspace, integers, packed);
-    } else {
-      cagrad_weights(team, workspace, count, c, workspace, integers, packed);
-    }
-  }
+  const SolverOptions own{options.number, options.values ? values : nullptr};
+  if (count > 0) find_weights<solver>(team, workspace, count, own, workspace, integers, packed);
   for (int k = team.lane; k < size; k += Warp::size) {
     if (active && !active[row + k]) weights[row + k] = 0.0;
   }

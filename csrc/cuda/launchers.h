@@ -44,16 +44,15 @@ const char* gram_finish(const std::vector<Slot>& slots, int num_rows, int num_ot
 const char* gram_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int num_other, Stream stream);
 
 // The K x K stage on Grams [problems, size, size], of at most kKxkMaxTasks tasks and 1 to 2^31 - 1 problems. Asynchronous, as
-// all of these. Functions, orders and results: common/kxk.h and common/kxk_solvers.h.
+// all of these. Functions, orders and results: common/kxk.h and common/kxk_weights.h.
 
 /// result [problems, size, size] or [problems]; Grams and result are both float32 or both float64.
 const char* gram_function(GramFunction function, DType dtype, const void* gram, int64_t problems, int size, void* result,
                           Stream stream);
 
-/// weights [problems, size] over the tasks where `active` [problems, size] is true; the others get 0. Null: all are. `c` is
-/// CAGrad's.
-const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, double c, double* weights,
-                  Stream stream);
+/// weights [problems, size] over the tasks where `active` [problems, size] is true; the others get 0. Null: all are.
+const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, SolverOptions options,
+                  double* weights, Stream stream);
 
 /// result [problems, size, size] for orders [problems, size, steps]; a row whose order holds what is no task index is NaN.
 const char* projection_coefficients(const double* gram, int64_t problems, int size, const int64_t* order, int64_t steps,

@@ -62,7 +62,8 @@ PYBIND11_MODULE(mtlkernels_testing, m) {
         : kernel == "condition_number"        ? mtlkernels::gram_function_launch(GramFunction::condition_number, size)
         : kernel == "projection_coefficients" ? mtlkernels::projection_launch(size, false)
         : kernel == "pcgrad_weights"          ? mtlkernels::projection_launch(size, true)
-                                              : mtlkernels::solver_launch(size);
+        : kernel == "mgda_weights"            ? mtlkernels::solver_launch(mtlkernels::Solver::mgda, size)
+                                              : mtlkernels::solver_launch(mtlkernels::Solver::cagrad, size);
     return std::make_tuple(launch.threads, launch.shared_bytes);
   });
   m.def("chunk_of_block", [](const py::bytes& table, int block) { return chunk_of_block(table, block); });
