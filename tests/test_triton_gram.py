@@ -68,8 +68,8 @@ def test_each_byte_is_read_once(dtype, num_tasks):
         assert report.alloc(row).load_bytes == row.nbytes
         assert report.alloc(row).load_sectors <= 1.02 * row.nbytes / 32
     if num_tasks >= 16 and dtype == torch.float32:
-        # Reading the split operands conflicts. A column's wavefronts stay near the cycles that an H100's memory takes for it, 4.5
-        # and 18 (3.35 TB/s over 132 multiprocessors of 1.755 GHz); not so those of 16 tasks before Triton 3.9.
+        # Reading the split operands conflicts. A column's wavefronts stay near the cycles that an H100's memory takes for it,
+        # 4.5 and 18 (3.35 TB/s over 132 multiprocessors of 1.755 GHz); not so those of 16 tasks before Triton 3.9.
         old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
         wavefronts = report.shared_load_wavefronts + report.shared_store_wavefronts
         assert wavefronts <= {16: 38 if old else 4.5, 64: 28}[num_tasks] * grads[0][0].numel()
