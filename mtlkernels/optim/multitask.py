@@ -296,7 +296,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
         clean = torch.where(pair, gram, 0.0)
 
         here = [loss is not None for loss in losses]
-        present = torch.ones_like(finite) if all(here) else torch.tensor(here, device=device)
+        present = torch.ones_like(finite)
+        for k, there in enumerate(here):
+            if not there:
+                present[k].fill_(False)  # not from a list, which would be a copy to the device that the host waits for
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
         masks = drops or not all(here)
