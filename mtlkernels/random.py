@@ -4,6 +4,8 @@ A draw is a function of a seed and of the place it is for, so it needs no state 
 work is split. ``csrc/common/philox.h`` is the same in C++.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,15 @@ def philox(counter: Tensor, key: Tensor) -> Tensor:
     Returns:
         int64 [..., 4], words in [0, 2^32).
     """
-    words = list(counter.unbind(-1))
-    keys = list(key.unbind(-1))
+    even, odd = counter[..., ::2], counter[..., 1::2]  # the two halves of a round at a time
+    first = torch.arange(2, device=counter.device) == 0
+    multipliers = torch.where(first, *_MULTIPLIERS)
+    steps = torch.where(first, *_KEY_STEPS)
     for _ in range(10):
-        high_0, low_0 = _multiply(words[0], _MULTIPLIERS[0])
-        high_1, low_1 = _multiply(words[2], _MULTIPLIERS[1])
-        words = [high_1 ^ words[1] ^ keys[0], low_1, high_0 ^ words[3] ^ keys[1], low_0]
-        keys = [(k + step) & _WORD for k, step in zip(keys, _KEY_STEPS, strict=True)]
-    return torch.stack(words, -1)
+        high, low = _multiply(even, multipliers)
+        even, odd = high.flip(-1) ^ odd ^ key, low.flip(-1)
+        key = (key + steps) & _WORD
+    return torch.stack([even, odd], -1).flatten(-2)
 
 
 def random_orders(seed: Tensor, num_problems: int, num_tasks: int) -> Tensor:
@@ -56,7 +59,32 @@ def random_orders(seed: Tensor, num_problems: int, num_tasks: int) -> Tensor:
     return torch.argsort(keys, dim=-1, stable=True)
 
 
-def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+def random_normals(seed: Tensor, num_problems: int, num_tasks: int) -> Tensor:
+    """Standard normal numbers, one for every task of every problem (Box and Muller 1958).
+
+    Task j of problem b takes words 0 and 1 of the counter (j, 0, low half of b, high half of b), so that its number does not
+    depend on how many others there are. The bits are the same on every device, their logarithm and cosine to a few units in
+    the last place.
+
+    Args:
+        seed: int64, one element. Not read on the host.
+        num_problems: B.
+        num_tasks: K.
+
+    Returns:
+        float64 [B, K] on the seed's device.
+    """
+    seed = seed.reshape(())
+    key = torch.stack([seed & _WORD, (seed >> 32) & _WORD])
+    problem = torch.arange(num_problems, device=seed.device).view(-1, 1)
+    task = torch.arange(num_tasks, device=seed.device)
+    counter = torch.stack(torch.broadcast_tensors(task, torch.zeros_like(task), problem & _WORD, problem >> 32), -1)
+    words = philox(counter, key).double()
+    radius, angle = (words[..., 0] + 1) / 2**32, words[..., 1] / 2**32  # (0, 1] and [0, 1)
+    return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
+
+
+def _multiply(word: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 64-bit product, without leaving the range of int64."""
     upper, lower = (word >> 16) * constant, (word & 0xFFFF) * constant
     return (upper + (lower >> 16)) >> 16, ((upper << 16 & _WORD) + lower) & _WORD

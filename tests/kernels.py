@@ -133,6 +133,16 @@ OPS_ON_GRAM = {
     "pcgrad_weights": _of_gram(lambda g: _ops.pcgrad_weights(g.double(), torch.tensor(0))),
     "mgda_weights": _of_gram(lambda g: _ops.mgda_weights(g.double(), None)),
     "cagrad_weights": _of_gram(lambda g: _ops.cagrad_weights(g.double(), None, 0.4)),
+    "fairgrad_weights": _of_gram(lambda g: _ops.fairgrad_weights(g.double(), None, 2.0)),
+    "gradvac_weights": _of_gram(lambda g: _ops.gradvac_weights(g.double(), 0 * g.double(), None, torch.tensor(0), 0.5, 0.0)),
+    "config_weights": _of_gram(lambda g: _ops.config_weights(g.double(), None, None, 1e-14)),
+    "imtl_g_weights": _of_gram(lambda g: _ops.imtl_g_weights(g.double(), None, 1e-14)),
+    "aligned_mtl_weights (min)": _of_gram(lambda g: _ops.aligned_mtl_weights(g.double(), None, None, 0, 1e-14)),
+    "aligned_mtl_weights (median)": _of_gram(lambda g: _ops.aligned_mtl_weights(g.double(), None, None, 1, 1e-14)),
+    "aligned_mtl_weights (rmse)": _of_gram(lambda g: _ops.aligned_mtl_weights(g.double(), None, None, 2, 1e-14)),
+    "upgrad_weights": _of_gram(lambda g: _ops.upgrad_weights(g.double(), None, None)),
+    "dualproj_weights": _of_gram(lambda g: _ops.dualproj_weights(g.double(), None, None)),
+    "pcd_weights": _of_gram(lambda g: _ops.pcd_weights(g.double(), None, g.new_zeros(len(g)).double())),
 }
 """Op of the K x K stage -> its representative call."""
 

@@ -178,6 +178,14 @@ OPCHECKS = {
     "mgda_weights, batch": lambda: (OPS.mgda_weights, (symmetric(2, 3).mT, torch.tensor([[True, False, True]] * 2))),
     "cagrad_weights": lambda: (OPS.cagrad_weights, (symmetric(3), None, 0.4)),
     "cagrad_weights, batch": lambda: (OPS.cagrad_weights, (symmetric(2, 3).mT, torch.tensor([[True, False, True]] * 2), 0.4)),
+    "fairgrad_weights": lambda: (OPS.fairgrad_weights, (symmetric(2, 3).mT, None, 2.0)),
+    "upgrad_weights": lambda: (OPS.upgrad_weights, (symmetric(2, 3).mT, None, W3.double().abs())),
+    "dualproj_weights": lambda: (OPS.dualproj_weights, (symmetric(3), None, None)),
+    "pcd_weights": lambda: (OPS.pcd_weights, (symmetric(3), None, W3.double().abs())),
+    "config_weights": lambda: (OPS.config_weights, (symmetric(2, 3).mT, None, None, 1e-14)),
+    "imtl_g_weights": lambda: (OPS.imtl_g_weights, (symmetric(3), None, 1e-14)),
+    "aligned_mtl_weights": lambda: (OPS.aligned_mtl_weights, (symmetric(3), None, W3.double().abs(), 1, 1e-14)),
+    "gradvac_weights": lambda: (OPS.gradvac_weights, (symmetric(3), symmetric(3) * 0, None, torch.tensor(7), 0.5, 0.0)),
     **{
         f"{op}, {name}": lambda op=op, make=make: (getattr(OPS, op), (make(),))
         for op in ("cosine", "magnitude_similarity", "conflict_rate", "condition_number")

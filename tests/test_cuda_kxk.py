@@ -393,7 +393,8 @@ def test_work_at_eight_tasks_stays_small():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled_code_has_no_spills_and_no_local_memory(arch):
     resources = library(arch).resources()
-    assert len(resources) == 2 * len(FUNCTIONS) + len(SOLVERS) + 2
+    assert sum("gram_function" in name for name in resources) == 2 * len(FUNCTIONS)
+    assert len(resources) > 2 * len(FUNCTIONS) + len(SOLVERS) + 2
     assert not re.search(r"fma\S*\.f(32|64)", library(arch).ptx)  # what ptxas sees is rounded step by step, so it stays so
     for name, used in resources.items():
         assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0, name

@@ -26,6 +26,14 @@ OPS = {
     "pcgrad_weights",
     "mgda_weights",
     "cagrad_weights",
+    "config_weights",
+    "imtl_g_weights",
+    "aligned_mtl_weights",
+    "fairgrad_weights",
+    "gradvac_weights",
+    "dualproj_weights",
+    "pcd_weights",
+    "upgrad_weights",
 }
 COMPILED = {"gram", "cross_gram", "combine", "combine_", "mix"}
 

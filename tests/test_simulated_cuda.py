@@ -154,6 +154,10 @@ def descending_orders(gram: Tensor) -> Tensor:
     return torch.arange(gram.shape[-1]).flip(0).expand(gram.shape)
 
 
+def values(gram: Tensor) -> Tensor:
+    return torch.arange(1, gram.shape[-1] + 1, dtype=torch.float64)
+
+
 OPS = torch.ops.mtlkernels
 OF_GRAMS = {
     "cosine": OPS.cosine,
@@ -164,6 +168,17 @@ OF_GRAMS = {
     "cagrad_weights": lambda gram: OPS.cagrad_weights(gram, all_but_the_second(gram), 0.4),
     "pcgrad_weights": lambda gram: OPS.pcgrad_weights(gram, torch.tensor(7)),
     "projection_coefficients": lambda gram: OPS.projection_coefficients(gram, descending_orders(gram), True),
+    "fairgrad_weights": lambda gram: OPS.fairgrad_weights(gram, all_but_the_second(gram), 2.0),
+    "upgrad_weights": lambda gram: OPS.upgrad_weights(gram, all_but_the_second(gram), None),
+    "dualproj_weights": lambda gram: OPS.dualproj_weights(gram, None, values(gram)),
+    "pcd_weights": lambda gram: OPS.pcd_weights(gram, None, 0.02 * values(gram)),
+    "config_weights": lambda gram: OPS.config_weights(gram, all_but_the_second(gram), values(gram), 1e-14),
+    "imtl_g_weights": lambda gram: OPS.imtl_g_weights(gram, None, 1e-14),
+    **{
+        f"aligned_mtl_weights, {scale}": lambda gram, scale=scale: OPS.aligned_mtl_weights(gram, None, None, scale, 1e-14)
+        for scale in range(3)
+    },
+    "gradvac_weights": lambda gram: OPS.gradvac_weights(gram, gram * 0, None, torch.tensor(7), 0.5, 0.0),
 }
 
 
@@ -181,7 +196,14 @@ def test_ops_of_grams(op, num_tasks):
 
 
 def test_every_cuda_op_is_in_one_of_these_tests():
-    assert set(library().ops) == {"gram", "cross_gram", "combine", "combine_", "mix", *OF_GRAMS}
+    assert set(library().ops) == {
+        "gram",
+        "cross_gram",
+        "combine",
+        "combine_",
+        "mix",
+        *(name.split(",")[0] for name in OF_GRAMS),
+    }
 
 
 # --- launches -----------------------------------------------------------------------------------------------------------------

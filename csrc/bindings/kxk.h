@@ -3,6 +3,7 @@
 
 #include <optional>
 
+#include "../common/kxk_weights.h"
 #include "columns.h"
 
 namespace mtlkernels {
@@ -52,6 +53,24 @@ inline void require_order(const Tensor& order, const Tensor& gram) {
 
 inline void require_seed(const Tensor& seed) {
   require(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
+}
+
+/// Aligned-MTL with its eigenvalues scaled by their least, their median or their mean: 0, 1 or 2.
+inline Solver aligned_mtl_solver(int64_t scale) {
+  require(scale >= 0 && scale <= 2, "scale must be 0 (min), 1 (median) or 2 (rmse)");
+  return scale == 0 ? Solver::aligned_mtl_min : scale == 1 ? Solver::aligned_mtl_median : Solver::aligned_mtl_rmse;
+}
+
+/// float64 of gram's shape, and one of an order and a seed.
+inline void require_gradvac(const Tensor& gram, const Tensor& phi, const std::optional<Tensor>& order,
+                            const std::optional<Tensor>& seed) {
+  require_exact_gram(gram);
+  require(phi.scalar_type() == ScalarType::Double && phi.dim() == gram.dim() && phi.size(-1) == gram.size(-1) &&
+              phi.size(-2) == gram.size(-1) && same_lead(phi, 2, gram, 2),
+          "phi must be float64 of gram's shape");
+  require(order.has_value() != seed.has_value(), "pass either order or seed");
+  if (order) require_order(*order, gram);
+  if (seed) require_seed(*seed);
 }
 
 /// Uninitialised [..., inner] with gram's dtype, device and leading dimensions.

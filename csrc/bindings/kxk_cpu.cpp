@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/kxk_gradvac.h"
 #include "../common/kxk_weights.h"
 #include "../common/philox.h"
 #include "kxk.h"
@@ -192,6 +193,40 @@ Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active
   return solve<Solver::cagrad>(gram, active, c);
 }
 
+Tensor upgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
+  return solve<Solver::upgrad>(gram, active, 0.0, preference);
+}
+
+Tensor dualproj_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
+  return solve<Solver::dualproj>(gram, active, 0.0, preference);
+}
+
+Tensor pcd_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const Tensor& tau) {
+  return solve<Solver::pcd>(gram, active, 0.0, tau);
+}
+
+Tensor config_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
+                         double epsilon) {
+  return solve<Solver::config>(gram, active, epsilon, preference);
+}
+
+Tensor imtl_g_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double epsilon) {
+  return solve<Solver::imtl_g>(gram, active, epsilon);
+}
+
+Tensor aligned_mtl_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
+                              int64_t scale, double epsilon) {
+  switch (aligned_mtl_solver(scale)) {
+    case Solver::aligned_mtl_min: return solve<Solver::aligned_mtl_min>(gram, active, epsilon, preference);
+    case Solver::aligned_mtl_median: return solve<Solver::aligned_mtl_median>(gram, active, epsilon, preference);
+    default: return solve<Solver::aligned_mtl_rmse>(gram, active, epsilon, preference);
+  }
+}
+
+Tensor fairgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double alpha) {
+  return solve<Solver::fairgrad>(gram, active, alpha);
+}
+
 // --- projections ------------------------------------------------------------------------------------------------------
 
 /// Orders [..., K, S] of task indices for the rows of each problem.
@@ -266,6 +301,41 @@ Tensor pcgrad_weights_op(const Tensor& gram, const Tensor& seed) {
   return result;
 }
 
+std::tuple<Tensor, Tensor> gradvac_weights_op(const Tensor& gram, const Tensor& phi, const std::optional<Tensor>& order,
+                                              const std::optional<Tensor>& seed, double beta, double epsilon) {
+  require_gradvac(gram, phi, order, seed);
+  const Grams grams(gram), targets(phi);
+  const int size = grams.size(), square = size * size;
+  std::optional<Orders> orders;
+  if (order) orders.emplace(*order, size);
+  const uint64_t key = seed ? static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr())) : 0;
+  Tensor result = empty_of_problems(gram, {size}), new_phi = empty_of_problems(gram, {size, size});
+  grams.for_each_range([&](int64_t begin, int64_t end) {
+    std::vector<double> matrix(square), target(square), row(size), inner(size), weights(size);
+    std::vector<uint32_t> keys(size);
+    std::vector<int64_t> steps(orders ? orders->steps() : size);
+    for (int64_t b = begin; b < end; ++b) {
+      grams.load(b, matrix.data());
+      targets.load(b, target.data());
+      const bool finite = all_finite(Serial(), matrix.data(), square);
+      std::fill(weights.begin(), weights.end(), finite ? 0.0 : NAN);
+      for (int i = 0; finite && i < size; ++i) {
+        if (orders) {
+          orders->load(b, i, steps.data());
+        } else {
+          random_order(Serial(), key, b, i, size, keys.data(), steps.data());
+        }
+        vaccine_row(Serial(), matrix.data(), size, i, steps.data(), int64_t(steps.size()), beta, epsilon,
+                    target.data() + i * size, row.data(), inner.data());
+        for (int k = 0; k < size; ++k) weights[k] += row[k];
+      }
+      store(result, b * size, weights.data(), size);
+      store(new_phi, b * square, target.data(), square);
+    }
+  });
+  return {result, new_phi};
+}
+
 }  // namespace
 }  // namespace mtlkernels
 
@@ -276,6 +346,14 @@ STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("condition_number", TORCH_BOX(&mtlkernels::condition_number_op));
   m.impl("mgda_weights", TORCH_BOX(&mtlkernels::mgda_weights_op));
   m.impl("cagrad_weights", TORCH_BOX(&mtlkernels::cagrad_weights_op));
+  m.impl("upgrad_weights", TORCH_BOX(&mtlkernels::upgrad_weights_op));
+  m.impl("dualproj_weights", TORCH_BOX(&mtlkernels::dualproj_weights_op));
+  m.impl("pcd_weights", TORCH_BOX(&mtlkernels::pcd_weights_op));
+  m.impl("config_weights", TORCH_BOX(&mtlkernels::config_weights_op));
+  m.impl("imtl_g_weights", TORCH_BOX(&mtlkernels::imtl_g_weights_op));
+  m.impl("aligned_mtl_weights", TORCH_BOX(&mtlkernels::aligned_mtl_weights_op));
+  m.impl("fairgrad_weights", TORCH_BOX(&mtlkernels::fairgrad_weights_op));
   m.impl("projection_coefficients", TORCH_BOX(&mtlkernels::projection_coefficients_op));
   m.impl("pcgrad_weights", TORCH_BOX(&mtlkernels::pcgrad_weights_op));
+  m.impl("gradvac_weights", TORCH_BOX(&mtlkernels::gradvac_weights_op));
 }

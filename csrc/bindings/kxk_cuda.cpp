@@ -78,6 +78,36 @@ Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active
   return solve(Solver::cagrad, gram, active, c);
 }
 
+Tensor upgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
+  return solve(Solver::upgrad, gram, active, 0.0, preference);
+}
+
+Tensor dualproj_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
+  return solve(Solver::dualproj, gram, active, 0.0, preference);
+}
+
+Tensor pcd_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const Tensor& tau) {
+  return solve(Solver::pcd, gram, active, 0.0, tau);
+}
+
+Tensor config_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
+                         double epsilon) {
+  return solve(Solver::config, gram, active, epsilon, preference);
+}
+
+Tensor imtl_g_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double epsilon) {
+  return solve(Solver::imtl_g, gram, active, epsilon);
+}
+
+Tensor aligned_mtl_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
+                              int64_t scale, double epsilon) {
+  return solve(aligned_mtl_solver(scale), gram, active, epsilon, preference);
+}
+
+Tensor fairgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double alpha) {
+  return solve(Solver::fairgrad, gram, active, alpha);
+}
+
 // --- projections ------------------------------------------------------------------------------------------------------
 
 Tensor projection_coefficients_op(const Tensor& gram, const Tensor& order, bool conflict_only) {
@@ -106,6 +136,24 @@ Tensor pcgrad_weights_op(const Tensor& gram, const Tensor& seed) {
   return result;
 }
 
+std::tuple<Tensor, Tensor> gradvac_weights_op(const Tensor& gram, const Tensor& phi, const std::optional<Tensor>& order,
+                                              const std::optional<Tensor>& seed, double beta, double epsilon) {
+  require_gradvac(gram, phi, order, seed);
+  Tensor result = empty_of_problems(gram, {gram.size(-1)}), new_phi = empty_of_problems(gram, {gram.size(-1), gram.size(-1)});
+  launch(gram, result, [&](const void* data, int64_t problems, int size, cuda::Stream stream) {
+    const Tensor targets = beside(phi, gram, "phi is not on gram's device");
+    std::optional<Tensor> orders, drawn;
+    if (order) orders = beside(*order, gram, "order is not on gram's device");
+    if (seed) drawn = beside(*seed, gram, "seed is not on gram's device");
+    return cuda::gradvac_weights(
+        static_cast<const double*>(data), problems, size, static_cast<const double*>(targets.const_data_ptr()),
+        orders ? static_cast<const int64_t*>(orders->const_data_ptr()) : nullptr, orders ? orders->size(-1) : 0,
+        drawn ? static_cast<const int64_t*>(drawn->const_data_ptr()) : nullptr, beta, epsilon,
+        static_cast<double*>(result.mutable_data_ptr()), static_cast<double*>(new_phi.mutable_data_ptr()), stream);
+  });
+  return {result, new_phi};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
@@ -115,8 +163,16 @@ STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
   m.impl("condition_number", TORCH_BOX(&condition_number_op));
   m.impl("mgda_weights", TORCH_BOX(&mgda_weights_op));
   m.impl("cagrad_weights", TORCH_BOX(&cagrad_weights_op));
+  m.impl("upgrad_weights", TORCH_BOX(&upgrad_weights_op));
+  m.impl("dualproj_weights", TORCH_BOX(&dualproj_weights_op));
+  m.impl("pcd_weights", TORCH_BOX(&pcd_weights_op));
+  m.impl("config_weights", TORCH_BOX(&config_weights_op));
+  m.impl("imtl_g_weights", TORCH_BOX(&imtl_g_weights_op));
+  m.impl("aligned_mtl_weights", TORCH_BOX(&aligned_mtl_weights_op));
+  m.impl("fairgrad_weights", TORCH_BOX(&fairgrad_weights_op));
   m.impl("projection_coefficients", TORCH_BOX(&projection_coefficients_op));
   m.impl("pcgrad_weights", TORCH_BOX(&pcgrad_weights_op));
+  m.impl("gradvac_weights", TORCH_BOX(&gradvac_weights_op));
 }
 
 }  // namespace mtlkernels

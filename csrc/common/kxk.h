@@ -96,9 +96,10 @@ MTL_HOST_DEVICE double conflict_rate(const Team& team, const double* gram, int s
 /// sweeps. `rotations` holds K doubles.
 ///
 /// A sweep is K - 1 rounds of K / 2 rotations of disjoint pairs, as of a tournament where the last player keeps its place: the
-/// rotations of a round do not depend on each other.
-template <class Team>
-MTL_HOST_DEVICE void jacobi_eigenvalues(const Team& team, double* matrix, int size, double* rotations) {
+/// rotations of a round do not depend on each other. All threads call follow(p, q, c, s) for each: rows p and q become
+/// c row_p - s row_q and s row_p + c row_q, and the identity under them the eigenvectors.
+template <class Team, class Follow>
+MTL_HOST_DEVICE void jacobi_rotations(const Team& team, double* matrix, int size, double* rotations, const Follow& follow) {
   constexpr int kMaxSweeps = 40;
   const int pairs = size / 2, players = size - 1;
   double *cosines = rotations, *sines = rotations + pairs;
@@ -141,6 +142,7 @@ MTL_HOST_DEVICE void jacobi_eigenvalues(const Team& team, double* matrix, int si
           matrix[q * size + r] = matrix[r * size + q] = cb * low_r - sb * low_s;
           matrix[q * size + s] = matrix[s * size + q] = sb * low_r + cb * low_s;
         });
+        follow(p, q, cosines[a], sines[a]);
       }
       team.sync();
     }
@@ -164,7 +166,7 @@ MTL_HOST_DEVICE double condition_number(const Team& team, const double* gram, in
               [&](int j) { workspace[i * even + j] = i < size && j < size ? gram[i * size + j] / largest : 0.0; });
   }
   team.sync();
-  jacobi_eigenvalues(team, workspace, even, workspace + even * even);
+  jacobi_rotations(team, workspace, even, workspace + even * even, [](int, int, double, double) {});
   double high = workspace[0], low = workspace[0];
   for (int i = 1; i < size; ++i) {
     high = std::fmax(high, workspace[i * even + i]);

@@ -26,6 +26,15 @@ void (*pick(GramFunction function))(const T*, int, T*) {
 void (*pick(Solver solver))(const double*, int, const bool*, SolverOptions, double*) {
   switch (solver) {
     case Solver::mgda: return mtlkernels::solve<Solver::mgda>;
+    case Solver::config: return mtlkernels::solve<Solver::config>;
+    case Solver::imtl_g: return mtlkernels::solve<Solver::imtl_g>;
+    case Solver::aligned_mtl_min: return mtlkernels::solve<Solver::aligned_mtl_min>;
+    case Solver::aligned_mtl_median: return mtlkernels::solve<Solver::aligned_mtl_median>;
+    case Solver::aligned_mtl_rmse: return mtlkernels::solve<Solver::aligned_mtl_rmse>;
+    case Solver::upgrad: return mtlkernels::solve<Solver::upgrad>;
+    case Solver::dualproj: return mtlkernels::solve<Solver::dualproj>;
+    case Solver::pcd: return mtlkernels::solve<Solver::pcd>;
+    case Solver::fairgrad: return mtlkernels::solve<Solver::fairgrad>;
     default: return mtlkernels::solve<Solver::cagrad>;
   }
 }
@@ -54,6 +63,13 @@ const char* projection_coefficients(const double* gram, int64_t problems, int si
 
 const char* pcgrad_weights(const double* gram, int64_t problems, int size, const int64_t* seed, double* result, Stream stream) {
   return launch(mtlkernels::pcgrad_weights, problems, projection_launch(size, true), stream, gram, size, seed, result);
+}
+
+const char* gradvac_weights(const double* gram, int64_t problems, int size, const double* phi, const int64_t* order,
+                            int64_t steps, const int64_t* seed, double beta, double epsilon, double* weights, double* new_phi,
+                            Stream stream) {
+  return launch(mtlkernels::gradvac_weights, problems, projection_launch(size, true), stream, gram, size, phi, order, steps,
+                seed, beta, epsilon, weights, new_phi);
 }
 
 }  // namespace mtlkernels::cuda

@@ -2,6 +2,7 @@
 // The K x K stage: a warp, or for projections a warp per row, solves one problem in shared memory with the functions of
 // common/kxk.h and common/kxk_weights.h. Compiled without FMA contraction, so that results have the bits of the host's.
 
+#include "../common/kxk_gradvac.h"
 #include "../common/kxk_plan.h"
 #include "../common/philox.h"
 
@@ -177,6 +178,43 @@ __global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
     double sum = 0.0;
     for (int row = 0; row < size; ++row) sum += block.coefficients[row * size + k];
     result[problem * size + k] = sum;
+  }
+}
+
+/// weights[problem] [K] and new_phi[problem] [K, K]: GradVac's weights and its targets after, for Grams and targets `phi`
+/// [problems, K, K]; in the orders order [problems, K, steps], or where it is null in those that `seed` gives. A row whose
+/// order holds what is no task index makes the weights NaN, and so does a Gram that is not finite, which keeps its phi. Launch:
+/// projection_launch, a block per problem.
+__global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
+    gradvac_weights(const double* gram, int size, const double* phi, const int64_t* order, int64_t steps, const int64_t* seed,
+                    double beta, double epsilon, double* weights, double* new_phi) {
+  const ProjectionBlock block(size);
+  const Warp& team = block.team;
+  const int64_t problem = blockIdx.x, square = static_cast<int64_t>(size) * size;
+  load_gram(gram + problem * square, size, block.gram);
+  const bool finite = all_finite(team, block.gram, size * size);
+  for (int row = block.index; row < size; row += block.teams) {
+    const int64_t place = problem * square + row * size;
+    double *coefficients = block.coefficients + row * size, *targets = new_phi + place;
+    for_owned(team, 0, size, [&](int k) { targets[k] = phi[place + k]; });
+    const int64_t* own = order ? order + (problem * size + row) * steps : block.order;
+    int invalid = !finite;
+    if (order) {
+      for (int64_t step = team.lane; step < steps; step += Warp::size) invalid += own[step] < 0 || own[step] >= size;
+    } else {
+      random_order(team, static_cast<uint64_t>(*seed), problem, row, size, block.keys, block.order);
+    }
+    if (team.sum(invalid) > 0) {
+      fill(team, coefficients, size, NAN);
+    } else {
+      vaccine_row(team, block.gram, size, row, own, order ? steps : size, beta, epsilon, targets, coefficients, block.inner);
+    }
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < size; k += blockDim.x) {
+    double sum = 0.0;
+    for (int row = 0; row < size; ++row) sum += block.coefficients[row * size + k];
+    weights[problem * size + k] = sum;
   }
 }
 

@@ -61,4 +61,10 @@ const char* projection_coefficients(const double* gram, int64_t problems, int si
 /// weights [problems, size] for orders drawn from one seed on the device.
 const char* pcgrad_weights(const double* gram, int64_t problems, int size, const int64_t* seed, double* weights, Stream stream);
 
+/// weights [problems, size] and new_phi [problems, size, size] for phi like new_phi; in orders [problems, size, steps], or
+/// where that is null in those drawn from one seed on the device.
+const char* gradvac_weights(const double* gram, int64_t problems, int size, const double* phi, const int64_t* order,
+                            int64_t steps, const int64_t* seed, double beta, double epsilon, double* weights, double* new_phi,
+                            Stream stream);
+
 }  // namespace mtlkernels::cuda

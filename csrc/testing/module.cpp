@@ -62,7 +62,14 @@ PYBIND11_MODULE(mtlkernels_testing, m) {
         : kernel == "condition_number"        ? mtlkernels::gram_function_launch(GramFunction::condition_number, size)
         : kernel == "projection_coefficients" ? mtlkernels::projection_launch(size, false)
         : kernel == "pcgrad_weights"          ? mtlkernels::projection_launch(size, true)
+        : kernel == "fairgrad_weights"        ? mtlkernels::solver_launch(mtlkernels::Solver::fairgrad, size)
         : kernel == "mgda_weights"            ? mtlkernels::solver_launch(mtlkernels::Solver::mgda, size)
+        : kernel == "config_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::config, size)
+        : kernel == "imtl_g_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::imtl_g, size)
+        : kernel == "aligned_mtl_weights"     ? mtlkernels::solver_launch(mtlkernels::Solver::aligned_mtl_min, size)
+        : kernel == "upgrad_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::upgrad, size)
+        : kernel == "dualproj_weights"        ? mtlkernels::solver_launch(mtlkernels::Solver::dualproj, size)
+        : kernel == "pcd_weights"             ? mtlkernels::solver_launch(mtlkernels::Solver::pcd, size)
                                               : mtlkernels::solver_launch(mtlkernels::Solver::cagrad, size);
     return std::make_tuple(launch.threads, launch.shared_bytes);
   });

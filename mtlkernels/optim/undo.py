@@ -40,12 +40,12 @@ class Snapshot:
     def restore_buffers_unless(self, keep: Tensor) -> None:
         """Puts the buffers back where the bool scalar ``keep`` is false, without reading it on the host.
 
-        A buffer that did not exist before, or has another shape now, stays.
+        A buffer that was one number before gets it in each element; one that did not exist, or has another shape now, stays.
         """
         for module, _, copies in self._buffers:
             for name, copy in copies.items():
                 current = module._buffers.get(name)
-                if current is not None and current.shape == copy.shape:
+                if current is not None and (current.shape == copy.shape or copy.dim() == 0):
                     current.copy_(torch.where(keep, current, copy))
 
 

@@ -2,21 +2,51 @@
 
 from typing import Any
 
+from .aligned_mtl import AlignedMTL
+from .avg_norm import AvgNorm
 from .base import Weighting
 from .cagrad import CAGrad
+from .config import ConFIG
 from .constant import Constant
+from .cr_mogm import CRMOGM
+from .dualproj import DualProj
+from .fairgrad import FairGrad
+from .gradvac import GradVac
+from .imtl_g import IMTLG
+from .krum import Krum
 from .mean import Mean
 from .mgda import MGDA
+from .nash_mtl import NashMTL
+from .ngdiff import NGDiff
+from .pcd import PCD
 from .pcgrad import PCGrad
+from .rgw import RGW
+from .rlw import RLW
 from .sum import Sum
+from .upgrad import UPGrad
 
 REGISTRY: dict[str, type[Weighting]] = {
+    "aligned_mtl": AlignedMTL,
+    "avg_norm": AvgNorm,
     "cagrad": CAGrad,
+    "config": ConFIG,
     "constant": Constant,
+    "cr_mogm": CRMOGM,
+    "fairgrad": FairGrad,
+    "gradvac": GradVac,
+    "imtl_g": IMTLG,
+    "krum": Krum,
+    "dualproj": DualProj,
     "mean": Mean,
     "mgda": MGDA,
+    "nash_mtl": NashMTL,
+    "ngdiff": NGDiff,
+    "pcd": PCD,
     "pcgrad": PCGrad,
+    "rgw": RGW,
+    "rlw": RLW,
     "sum": Sum,
+    "upgrad": UPGrad,
 }
 """Registry string -> class."""
 
@@ -52,4 +82,27 @@ def as_weighting(weighting: str | Weighting) -> Weighting:
     return weighting
 
 
-__all__ = ["MGDA", "CAGrad", "Constant", "Mean", "PCGrad", "Sum", "Weighting"]
+__all__ = [
+    "CRMOGM",
+    "IMTLG",
+    "MGDA",
+    "PCD",
+    "RGW",
+    "RLW",
+    "AlignedMTL",
+    "AvgNorm",
+    "CAGrad",
+    "ConFIG",
+    "Constant",
+    "DualProj",
+    "FairGrad",
+    "GradVac",
+    "Krum",
+    "Mean",
+    "NGDiff",
+    "NashMTL",
+    "PCGrad",
+    "Sum",
+    "UPGrad",
+    "Weighting",
+]
