@@ -137,6 +137,7 @@ def test_the_k_x_k_stage_has_the_bits_of_the_cpu(device, num_tasks):
     order = torch.stack([torch.randperm(num_tasks) for _ in range(5 * num_tasks)]).view(5, num_tasks, num_tasks)
     active = torch.ones(5, num_tasks, dtype=torch.bool)
     active[3, 0] = num_tasks == 1
+    values = torch.full((num_tasks,), 0.25, dtype=torch.float64)
     ops = torch.ops.mtlkernels
     calls = {
         "cosine": lambda d: ops.cosine(grams.to(d)),
@@ -147,6 +148,14 @@ def test_the_k_x_k_stage_has_the_bits_of_the_cpu(device, num_tasks):
         "pcgrad_weights": lambda d: ops.pcgrad_weights(grams.to(d), seed.to(d)),
         "mgda_weights": lambda d: ops.mgda_weights(grams.to(d), active.to(d)),
         "cagrad_weights": lambda d: ops.cagrad_weights(grams.to(d), active.to(d), 0.4),
+        "fairgrad_weights": lambda d: ops.fairgrad_weights(grams.to(d), active.to(d), 2.0),
+        "upgrad_weights": lambda d: ops.upgrad_weights(grams.to(d), active.to(d), None),
+        "dualproj_weights": lambda d: ops.dualproj_weights(grams.to(d), active.to(d), None),
+        "pcd_weights": lambda d: ops.pcd_weights(grams.to(d), active.to(d), values.to(d)),
+        "config_weights": lambda d: ops.config_weights(grams.to(d), active.to(d), None, 1e-14),
+        "imtl_g_weights": lambda d: ops.imtl_g_weights(grams.to(d), active.to(d), 1e-14),
+        "aligned_mtl_weights": lambda d: ops.aligned_mtl_weights(grams.to(d), active.to(d), values.to(d), 1, 1e-14),
+        "gradvac_weights": lambda d: ops.gradvac_weights(grams.to(d), (0 * grams).to(d), None, seed.to(d), 0.5, 0.0)[0],
     }
     for name, call in calls.items():
         assert torch.equal(call(device).cpu().nan_to_num(7.0), call("cpu").nan_to_num(7.0)), name
@@ -206,7 +215,7 @@ def test_a_captured_aggregate_follows_the_gradients(gpu, weighting):
     assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
 
 
-@pytest.mark.parametrize("weighting", ["pcgrad", "mgda", "cagrad"])
+@pytest.mark.parametrize("weighting", ["pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "upgrad", "config", "pcd"])
 def test_a_step_reads_nothing_on_the_host(gpu, weighting):
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(64, 64), "a": torch.nn.Linear(64, 1), "b": torch.nn.Linear(64, 1)}).to(
