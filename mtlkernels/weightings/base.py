@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor
 
-from .. import _newton_solvers, _quadratic_solvers, _spectral_solvers, solvers  # noqa: F401  define the ops that the weightings call
+from .. import (  # noqa: F401  define the ops that the weightings call
+    _newton_solvers,
+    _quadratic_solvers,
+    _spectral_solvers,
+    solvers,
+)
 from ..ops import check_gram
 
 
