@@ -390,7 +390,7 @@ def test_torchjd_agrees(kind, num_tasks):
         for step in (1.0, 2.0, 0.5):
             expected = theirs(gram * step).numpy() @ rows
             np.testing.assert_allclose(ours(gram * step).numpy() @ rows, expected, rtol=0, atol=1e-6 * np.abs(rows).max())
-    pytest.importorskip("quadprog")
+    pytest.importorskip("qpsolvers")
     from torchjd._linalg import QuadprogProjector
 
     projector = QuadprogProjector(norm_eps=1e-12, reg_eps=1e-13 if kind != "low_rank" else 1e-9)  # it needs some
