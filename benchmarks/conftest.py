@@ -35,6 +35,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         if not bench.has_error and "op" in bench.extra_info:
             info = bench.extra_info
             medians.setdefault((info["dtype"], info["num_tasks"]), {})[info["op"]] = (bench.stats.median, info["bytes"])
+    if not medians:
+        return
     write = terminalreporter.write_line
     write("")
     threads = config.getoption("--threads")
