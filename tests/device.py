@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import ptxsim
@@ -20,6 +23,13 @@ THREADS = 256
 
 _missing = [tool for tool in ("nvcc", "g++") if shutil.which(tool) is None]
 requires_nvcc = pytest.mark.skipif(bool(_missing), reason=f"{' and '.join(_missing)} not on the PATH")
+
+
+@cache
+def setup_script() -> dict[str, Any]:
+    """What setup.py defines, without a build."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
 
 
 @cache
@@ -72,6 +82,23 @@ class DType:
             return (stored.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
         return stored.astype(np.float64)
 
+    def random_row(self, random: np.random.Generator, sizes: list[int], offset: int = 0) -> list[np.ndarray | None]:
+        """Normal values for tensors of the given sizes that start ``offset`` elements past an aligned address."""
+        row = [self.empty(size, offset) for size in sizes]
+        for buffer in row:
+            self.store(random.standard_normal(buffer.size), buffer)
+        return list(row)
+
+    def assert_weighted_sum(self, actual: np.ndarray, value: np.ndarray, size: np.ndarray, num_rows: int) -> None:
+        """``actual`` is a sum of ``num_rows`` weighted rows: ``value`` in float64, ``size`` the sum of the terms' magnitudes.
+
+        Each of the K additions and products rounds by half an ulp of float32 (float64), the result once by its dtype's;
+        float16's smallest numbers are 2^-24 apart.
+        """
+        error = 2 * num_rows * (FLOAT64 if self is FLOAT64 else FLOAT32).eps * size
+        error += 1.01 * self.eps * np.abs(value) + (2.0**-25 if self is FLOAT16 else 0)
+        assert (np.abs(self.load(actual) - value) <= error).all()
+
     def empty(self, size: int, offset: int = 0) -> np.ndarray:
         """A buffer of ``size`` elements that starts ``offset`` elements past an aligned address."""
         return ptxsim.empty(size + offset, dtype=self.storage)[offset:]
@@ -87,6 +114,11 @@ BFLOAT16 = DType("bfloat16", "mtlkernels::BFloat16", np.uint16, 2.0**-8)
 FLOAT16 = DType("float16", "__half", np.float16, 2.0**-11)
 FLOAT64 = DType("float64", "double", np.float64, 2.0**-53)
 DTYPES = [FLOAT32, BFLOAT16, FLOAT16, FLOAT64]
+
+
+def weighted_sum(terms: list[np.ndarray], numel: int) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of float64 terms, and of their magnitudes."""
+    return sum(terms, np.zeros(numel)), sum(map(np.abs, terms), np.zeros(numel))
 
 
 def address(buffer: np.ndarray | None) -> int:

@@ -6,16 +6,14 @@ of OPS launches is an error.
 """
 
 import functools
-import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import ptxsim
 import sass
 import torch
-from device import CSRC, ROOT
+from device import CSRC, setup_script
 from ptxsim.roofline import Bounds, Chip, estimate
 from simulated import Launch, library, simulated_cuda
 from torch import Tensor
@@ -117,10 +115,6 @@ def _of_gram(op: Callable[[Tensor], object]) -> Callable[[int, torch.dtype], Cal
     return call
 
 
-def _every_order(num_tasks: int) -> Tensor:
-    return torch.arange(num_tasks).repeat(num_tasks, 1)
-
-
 _ops = torch.ops.mtlkernels
 OPS_ON_GRAM = {
     "cosine": _of_gram(_ops.cosine),
@@ -213,11 +207,6 @@ class Compiled:
     resources: sass.Resources
 
 
-with mock.patch("setuptools.setup"):
-    FLAGS: dict[str, list[str]] = runpy.run_path(str(ROOT / "setup.py"))["FLAGS"]
-    """Source -> the flags that it is built with besides the common ones."""
-
-
 def complaints(kernel: Compiled) -> list[str]:
     """What is wrong with a kernel's use of registers and memory: nothing, it is hoped."""
     used = kernel.resources
@@ -229,7 +218,7 @@ def complaints(kernel: Compiled) -> list[str]:
 
 def compile_library_source(source: Path, arch: str) -> dict[str, Compiled]:
     """Short name -> every kernel of a source of csrc/cuda, compiled for an architecture with the library's flags."""
-    functions, resources = sass.compile_source(source, arch, *FLAGS.get(f"csrc/cuda/{source.name}", []))
+    functions, resources = sass.compile_source(source, arch, *setup_script()["FLAGS"].get(f"csrc/cuda/{source.name}", []))
     return {sass.short_name(name): Compiled(sass.short_name(name), functions[name], resources[name]) for name in resources}
 
 

@@ -10,7 +10,6 @@ an error.
 
 import ctypes
 import re
-import runpy
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import filelock
 import ptxsim
 import torch
-from device import CSRC, ROOT
+from device import CSRC, ROOT, setup_script
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -88,8 +86,7 @@ def library() -> Library:
 
 def _build(key: str, faults: Sequence[tuple[str, str, str]]) -> Path:
     """Compiles what changed, by ninja and with the flags of setup.py; processes wait for each other."""
-    with mock.patch("setuptools.setup"):
-        setup = runpy.run_path(str(ROOT / "setup.py"))
+    setup = setup_script()
     root = ROOT / "build/testing" / f"simulated-{torch.__version__}"
     folder, target = root / key, root / f"{key}.so"
     folder.mkdir(parents=True, exist_ok=True)

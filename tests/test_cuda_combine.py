@@ -3,7 +3,7 @@
 import numpy as np
 import ptxsim
 import pytest
-from device import DTYPES, FLOAT16, FLOAT32, FLOAT64, THREADS, DType, address, compile_kernels, requires_nvcc, testing_module
+from device import DTYPES, FLOAT32, THREADS, DType, address, compile_kernels, requires_nvcc, testing_module, weighted_sum
 
 pytestmark = requires_nvcc
 
@@ -26,12 +26,7 @@ class Problem:
     def __init__(self, dtype: DType, num_rows: int, sizes: list[int], offset: int = 0, per_tensor: bool = False) -> None:
         random = np.random.default_rng(num_rows + 1000 * offset + len(sizes))
         self.dtype, self.num_rows, self.sizes = dtype, num_rows, sizes
-        self.rows: list[list[np.ndarray | None]] = []
-        for k in range(num_rows):
-            row = [dtype.empty(size, offset if k % 2 else 0) for size in sizes]
-            for buffer in row:
-                dtype.store(random.standard_normal(buffer.size), buffer)
-            self.rows.append(row)
+        self.rows = [dtype.random_row(random, sizes, offset if k % 2 else 0) for k in range(num_rows)]
         self.out = [dtype.empty(size) for size in sizes]
         self.weights = ptxsim.empty((len(sizes), num_rows), dtype=np.float64)
         self.weights[...] = random.standard_normal(self.weights.shape if per_tensor else num_rows)
@@ -70,17 +65,14 @@ class Problem:
                 for k, row in enumerate(self.rows)
                 if row[n] is not None and self.weights[n, k] != 0
             ]
-            sums.append(sum(terms, np.zeros(size)))
-            sizes.append(sum(map(np.abs, terms), np.zeros(size)))
+            value, magnitude = weighted_sum(terms, size)
+            sums.append(value)
+            sizes.append(magnitude)
         return sums, sizes
 
     def check(self, expected: tuple[list[np.ndarray], list[np.ndarray]] | None = None) -> None:
         for actual, value, size in zip(self.out, *(expected or self.expected()), strict=True):
-            # Each of the K additions and products rounds by half an ulp of float32 (float64), the result once by its dtype's;
-            # float16's smallest numbers are 2^-24 apart.
-            error = 2 * self.num_rows * (FLOAT64 if self.dtype is FLOAT64 else FLOAT32).eps * size
-            error += 1.01 * self.dtype.eps * np.abs(value) + (2.0**-25 if self.dtype is FLOAT16 else 0)
-            assert (np.abs(self.dtype.load(actual) - value) <= error).all()
+            self.dtype.assert_weighted_sum(actual, value, size, self.num_rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)

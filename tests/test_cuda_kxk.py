@@ -2,18 +2,16 @@
 
 import itertools
 import re
-import runpy
 import shutil
 from functools import cache
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import ptxsim
 import pytest
 import torch
-from device import CSRC, ROOT, requires_nvcc, testing_module
-from hard_grams import KINDS, gram_of, hard_gradients
+from device import CSRC, requires_nvcc, setup_script, testing_module
+from hard_grams import KINDS, gram_of, hard_gradients, same_bits
 from simulated import TENSOR_DEVICE, simulated_cuda
 from torch import Tensor
 
@@ -21,17 +19,15 @@ pytestmark = [requires_nvcc, pytest.mark.usefixtures("cpu_library")]
 
 OPS = torch.ops.mtlkernels
 FUNCTIONS = ("cosine", "magnitude_similarity", "conflict_rate", "condition_number")  # by their number in kxk_plan.h
-SOLVERS = ("mgda_weights", "cagrad_weights")
+SOLVERS = ("mgda", "cagrad")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 NUM_TASKS = (1, 2, 3, 5, 8, 16, 17, 40, 64)
 SOURCE = "cuda/kxk.cu"
 
 
-@cache
 def flags() -> tuple[str, ...]:
     """What setup.py compiles the kernels with beyond what it compiles all with."""
-    with mock.patch("setuptools.setup"):
-        return ("-O3", *runpy.run_path(str(ROOT / "setup.py"))["FLAGS"][f"csrc/{SOURCE}"])
+    return ("-O3", *setup_script()["FLAGS"][f"csrc/{SOURCE}"])
 
 
 @cache
@@ -72,10 +68,12 @@ class Device:
         kernel = f"gram_function<(mtlkernels::GramFunction){FUNCTIONS.index(op)}, {element}>"
         return self._launch(op, kernel, gram, [], gram.new_empty(gram.shape[:-2] if scalar else gram.shape))
 
-    def solve(self, op: str, gram: Tensor, active: Tensor | None = None, c: float = 0.4) -> Tensor:
-        kernel = f"solve<(mtlkernels::Solver){SOLVERS.index(op)}>"
-        options = ptxsim.Struct(np.float64(c), None)
-        return self._launch(op, kernel, gram, [active, options], gram.new_empty(gram.shape[:-1]))
+    def solve(
+        self, solver: str, gram: Tensor, active: Tensor | None = None, number: float = 0.4, values: Tensor | None = None
+    ) -> Tensor:
+        kernel = f"solve<(mtlkernels::Solver){testing_module().SOLVERS[solver]}>"
+        options = ptxsim.Struct(np.float64(number), values)
+        return self._launch(solver, kernel, gram, [active, options], gram.new_empty(gram.shape[:-1]))
 
     def project(self, gram: Tensor, order: Tensor, conflict_only: bool) -> Tensor:
         arguments = [order, order.shape[-1], conflict_only]
@@ -86,14 +84,7 @@ class Device:
 
 
 def host_solve(op: str, gram: Tensor, active: Tensor | None = None, c: float = 0.4) -> Tensor:
-    return OPS.mgda_weights(gram, active) if op == "mgda_weights" else OPS.cagrad_weights(gram, active, c)
-
-
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    """Equal to the sign of zero; NaN is NaN."""
-    integers = torch.int32 if expected.dtype == torch.float32 else torch.int64
-    equal = actual.view(integers) == expected.view(integers)
-    return actual.shape == expected.shape and bool((equal | (actual.isnan() & expected.isnan())).all())
+    return OPS.mgda_weights(gram, active) if op == "mgda" else OPS.cagrad_weights(gram, active, c)
 
 
 @cache
@@ -128,7 +119,7 @@ def test_solvers(op, num_tasks):
 @pytest.mark.parametrize("c", [0.0, 0.9, 1.0, 3.0])
 def test_cagrad_for_any_radius(c):
     gram = grams(5)
-    assert same_bits(Device().solve("cagrad_weights", gram, c=c), host_solve("cagrad_weights", gram, c=c))
+    assert same_bits(Device().solve("cagrad", gram, number=c), host_solve("cagrad", gram, c=c))
 
 
 @pytest.mark.parametrize("op", SOLVERS)
@@ -384,7 +375,7 @@ def test_work_at_eight_tasks_stays_small():
     """Instructions of the one warp that solves a problem: what a step waits for. PTX, where a division counts as one."""
     gram = torch.stack([gram_of(hard_gradients("random", 8, 80, seed)) for seed in range(20)])
     device = Device()
-    device.solve("cagrad_weights", gram)
+    device.solve("cagrad", gram)
     assert device.report.warp_instructions / 20 <= 16000
     device.pcgrad(gram, torch.tensor([0]))
     assert device.report.warp_instructions / (20 * 8) <= 800  # a warp per row

@@ -3,7 +3,7 @@
 import numpy as np
 import ptxsim
 import pytest
-from device import DTYPES, FLOAT16, FLOAT32, FLOAT64, DType, address, compile_kernels, requires_nvcc, testing_module
+from device import DTYPES, FLOAT32, DType, address, compile_kernels, requires_nvcc, testing_module, weighted_sum
 
 pytestmark = requires_nvcc
 
@@ -21,12 +21,7 @@ class Problem:
     def __init__(self, dtype: DType, num_rows: int, num_results: int, sizes: list[int], offset: int = 0) -> None:
         random = np.random.default_rng(num_rows + 100 * num_results + 10000 * offset)
         self.dtype, self.num_rows, self.sizes = dtype, num_rows, sizes
-        self.rows: list[list[np.ndarray | None]] = []
-        for k in range(num_rows):
-            row = [dtype.empty(size, offset if k % 2 else 0) for size in sizes]
-            for buffer in row:
-                dtype.store(random.standard_normal(buffer.size), buffer)
-            self.rows.append(row)
+        self.rows = [dtype.random_row(random, sizes, offset if k % 2 else 0) for k in range(num_rows)]
         self.out = [[dtype.empty(size) for size in sizes] for _ in range(num_results)]
         self.coefficients = ptxsim.empty((num_results, num_rows), dtype=np.float64)
         self.coefficients[...] = random.standard_normal(self.coefficients.shape)
@@ -52,7 +47,6 @@ class Problem:
         )
 
     def check(self) -> None:
-        eps = (FLOAT64 if self.dtype is FLOAT64 else FLOAT32).eps
         for weights, row in zip(self.coefficients, self.out, strict=True):
             for n, actual in enumerate(row):
                 terms = [
@@ -60,12 +54,7 @@ class Problem:
                     for weight, gradient in zip(weights, self.rows, strict=True)
                     if gradient[n] is not None and weight != 0
                 ]
-                value, size = sum(terms, np.zeros(actual.size)), sum(map(np.abs, terms), np.zeros(actual.size))
-                # Each of the K additions and products rounds by half an ulp of the sum's type, the result once by its dtype's;
-                # float16's smallest numbers are 2^-24 apart.
-                error = 2 * self.num_rows * eps * size + 1.01 * self.dtype.eps * np.abs(value)
-                error += 2.0**-25 if self.dtype is FLOAT16 else 0
-                assert (np.abs(self.dtype.load(actual) - value) <= error).all()
+                self.dtype.assert_weighted_sum(actual, *weighted_sum(terms, actual.size), self.num_rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)

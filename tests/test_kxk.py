@@ -5,14 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hard_grams import KINDS, gram_of, hard_gradients, optimality_error
+from hard_grams import KINDS, batch_of_grams, count_calls, gram_of, hard_gradients, optimality_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mtlkernels import reference, solvers
+from mtlkernels import reference
 from mtlkernels._library import REFERENCES
 from mtlkernels.random import philox, random_orders
+from mtlkernels.solvers import program
 
 OPS = torch.ops.mtlkernels
 GUARANTEE = 1e-11  # what the solvers document
@@ -121,13 +122,6 @@ def test_kernels_agree_with_references_where_the_answer_is_unique(cpu_library, k
         assert float(((actual - expected) * norm).abs().max()) <= 1e-10 * unit, name
 
 
-def batch_of_grams(num_tasks: int, lead: tuple[int, ...]) -> Tensor:
-    kinds = itertools.cycle(KINDS)
-    count = int(np.prod(lead))
-    grams = [gram_of(hard_gradients(next(kinds), num_tasks, num_tasks + 3, seed)) for seed in range(count)]
-    return torch.stack(grams).view(*lead, num_tasks, num_tasks)
-
-
 def test_a_batch_is_solved_problem_by_problem(backend):
     grams = batch_of_grams(5, (3, 4))
     active = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -211,8 +205,8 @@ def test_references_never_read_a_value_on_the_host():
     active = torch.zeros(2, 3, dtype=torch.bool, device="meta")
     with pytest.raises(RuntimeError):
         bool(active.any())
-    assert solvers.mgda_weights(gram, active).shape == (2, 3)
-    assert solvers.cagrad_weights(gram, active, 0.5).shape == (2, 3)
+    assert program.mgda_weights(gram, active).shape == (2, 3)
+    assert program.cagrad_weights(gram, active, 0.5).shape == (2, 3)
     assert REFERENCES["pcgrad_weights"](gram, torch.zeros(1, dtype=torch.int64, device="meta")).shape == (2, 3)
     order = torch.zeros(2, 3, 2, dtype=torch.int64, device="meta")
     assert reference.projection_coefficients(gram, order).shape == (2, 3, 3)
@@ -220,23 +214,15 @@ def test_references_never_read_a_value_on_the_host():
 
 def test_the_step_limit_of_the_references_suffices(monkeypatch):
     """Every problem ends well within the steps that run where the end cannot be seen."""
-    steps = 0
-    solve = torch.linalg.solve_ex
-
-    def counted(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        return solve(*args, **kwargs)
-
-    monkeypatch.setattr(torch.linalg, "solve_ex", counted)
+    steps = count_calls(monkeypatch, torch.linalg, "solve_ex")
     for num_tasks in (2, 3, 8, 24):
         grams = batch_of_grams(num_tasks, (39,))
-        steps = 0
-        solvers.mgda_weights(grams, None)
-        assert steps <= (6 * num_tasks + 16) * 0.75
-        steps = 0
-        solvers.cagrad_weights(grams, None, 0.5)
-        assert steps <= (8 * num_tasks + 384) * 0.5
+        steps[0] = 0
+        program.mgda_weights(grams, None)
+        assert steps[0] <= (6 * num_tasks + 16) * 0.75
+        steps[0] = 0
+        program.cagrad_weights(grams, None, 0.5)
+        assert steps[0] <= (8 * num_tasks + 384) * 0.5
 
 
 OPCHECK_CASES = {

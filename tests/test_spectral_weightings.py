@@ -4,23 +4,27 @@ import itertools
 import time
 
 import numpy as np
+import ptxsim
 import pytest
 import torch
 from device import testing_module
-from hard_grams import KINDS, gram_of, hard_gradients
+from hard_grams import KINDS, gram_of, hard_gradients, same_bits
 from helpers import GRAM_TOLERANCE, random_gradients
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from simulated import simulated_cuda
+from test_cuda_kxk import Device, planted
 from torch import Tensor
 
 import mtlkernels as mtl
-from mtlkernels import _spectral_solvers
 from mtlkernels._library import REFERENCES
+from mtlkernels.solvers import spectral
 
 OPS = torch.ops.mtlkernels
 EPSILON = 1e-14
-SCALES = ("min", "median", "rmse")
+SCALES = spectral.SCALE_MODES
+SOLVERS = ("config", "imtl_g", "aligned_mtl_min", "aligned_mtl_median", "aligned_mtl_rmse")
+"""By their names in kxk_weights.h."""
 SIZES = [(1, 3), (2, 1), (2, 2), (3, 2), (5, 5), (8, 4), (8, 30), (11, 1), (11, 30), (16, 15), (40, 7), (64, 200)]
 """K, and how many dimensions the gradients live in: one, fewer than K, K, more than K."""
 
@@ -33,7 +37,7 @@ METHODS = {
 }
 
 
-def batch_of_grams(num_tasks: int, numel: int) -> Tensor:
+def one_of_each_kind(num_tasks: int, numel: int) -> Tensor:
     """[B, K, K]: one Gram of each kind."""
     return torch.stack([gram_of(hard_gradients(kind, num_tasks, numel, seed=num_tasks * 100 + numel)) for kind in KINDS])
 
@@ -145,7 +149,7 @@ def assert_aligned(gram: Tensor, balance: Tensor, mode: str) -> None:
 
 @pytest.mark.parametrize(("num_tasks", "numel"), SIZES, ids=str)
 def test_config_and_imtl_g_keep_their_guarantee_on_hard_grams(backend, num_tasks, numel):
-    grams = batch_of_grams(num_tasks, numel)
+    grams = one_of_each_kind(num_tasks, numel)
     for gram, config, imtl_g in zip(grams, mtl.ConFIG()(grams), mtl.IMTLG()(grams), strict=True):
         assert_config(gram, config)
         assert_imtl_g(gram, imtl_g)
@@ -156,7 +160,7 @@ def test_config_and_imtl_g_keep_their_guarantee_on_hard_grams(backend, num_tasks
 def test_aligned_mtl_keeps_its_guarantee_on_hard_grams(backend, num_tasks, numel, mode):
     if backend == "reference" and num_tasks > 16:
         pytest.skip("the reference is compared with the kernel; K decompositions of a batch take it seconds")
-    grams = batch_of_grams(num_tasks, numel)
+    grams = one_of_each_kind(num_tasks, numel)
     one_hot = torch.eye(num_tasks, dtype=torch.float64)
     balance = torch.stack([OPS.aligned_mtl_weights(grams, None, p, SCALES.index(mode), EPSILON) for p in one_hot], -2)
     assert balance.isfinite().all()
@@ -348,7 +352,7 @@ def test_inactive_tasks_leave_the_problem(backend, kind):
 def test_a_batch_is_solved_problem_by_problem(backend):
     wide = torch.zeros(len(KINDS), 2, 10, 7, dtype=torch.float64)
     grams = wide[:, 1, ::2, 1:6]  # any strides
-    grams.copy_(batch_of_grams(5, 8))
+    grams.copy_(one_of_each_kind(5, 8))
     active = torch.rand(grams.shape[:-1], generator=torch.Generator().manual_seed(0)) < 0.7
     preference = torch.linspace(1, 2, 5, dtype=torch.float64)
     together = calls(grams, active, preference)
@@ -365,7 +369,7 @@ def test_empty_batches_and_no_tasks(backend, shape):
 
 
 def test_a_gram_that_is_not_finite_gives_nan_in_its_own_problem(backend):
-    grams = batch_of_grams(3, 8)[:2].clone()
+    grams = one_of_each_kind(3, 8)[:2].clone()
     grams[0, 1, 2] = torch.inf
     for weights in calls(grams, None, torch.ones(3, dtype=torch.float64)):
         assert weights[0].isnan().all()
@@ -390,11 +394,11 @@ def test_kernels_agree_with_references_where_the_answer_is_well_conditioned(cpu_
 
 def test_the_step_limit_of_the_reference_suffices(monkeypatch):
     """What the sweeps leave off the diagonal is rounding well before those that run where it cannot be seen."""
-    monkeypatch.setattr(_spectral_solvers, "SWEEPS", 12)
+    monkeypatch.setattr(spectral, "SWEEPS", 12)
     for num_tasks, numel in itertools.product((2, 3, 8, 24, 64), (1, 5, 70)):
-        grams = batch_of_grams(num_tasks, numel)
+        grams = one_of_each_kind(num_tasks, numel)
         scaled = grams / grams.abs().amax((-2, -1), keepdim=True)
-        vectors = _spectral_solvers.decompose(scaled, torch.zeros(len(grams), 1, dtype=torch.float64)).vectors
+        vectors = spectral.decompose(scaled, torch.zeros(len(grams), 1, dtype=torch.float64)).vectors
         rest = vectors @ scaled @ vectors.mT
         left = (rest - torch.diag_embed(rest.diagonal(dim1=-2, dim2=-1))).abs().amax((-2, -1))
         assert float((left / scaled.diagonal(dim1=-2, dim2=-1).sum(-1)).max()) <= 1e-14
@@ -404,14 +408,14 @@ def test_references_never_read_a_value_on_the_host():
     gram = torch.zeros(2, 3, 3, dtype=torch.float64, device="meta")  # reading a meta tensor's value raises
     active = torch.zeros(2, 3, dtype=torch.bool, device="meta")
     preference = torch.zeros(3, dtype=torch.float64, device="meta")
-    assert _spectral_solvers.config_weights(gram, active, preference, EPSILON).shape == (2, 3)
-    assert _spectral_solvers.imtl_g_weights(gram, active, EPSILON).shape == (2, 3)
-    assert _spectral_solvers.aligned_mtl_weights(gram, active, None, 1, EPSILON).shape == (2, 3)
+    assert spectral.config_weights(gram, active, preference, EPSILON).shape == (2, 3)
+    assert spectral.imtl_g_weights(gram, active, EPSILON).shape == (2, 3)
+    assert spectral.aligned_mtl_weights(gram, active, None, 1, EPSILON).shape == (2, 3)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(backend, masked):
-    gram = batch_of_grams(3, 8)[:2].clone()
+    gram = one_of_each_kind(3, 8)[:2].clone()
     active = torch.tensor([[True, False, True], [True, True, True]]) if masked else None
     preference = torch.linspace(1, 2, 3, dtype=torch.float64) if masked else None
     for op, args in {
@@ -445,10 +449,6 @@ def test_eleven_tasks_take_less_than_a_millisecond(cpu_library, name):
 # --- on the device --------------------------------------------------------------------------------------------------------
 
 
-def same_bits(actual: Tensor, expected: Tensor) -> bool:
-    return bool(((actual.view(torch.int64) == expected.view(torch.int64)) | (actual.isnan() & expected.isnan())).all())
-
-
 def slow(*sizes: int) -> list:
     return [pytest.param(size, marks=pytest.mark.slow) for size in sizes]
 
@@ -456,9 +456,9 @@ def slow(*sizes: int) -> list:
 @pytest.mark.parametrize("num_tasks", [1, 3, 8, *slow(2, 5, 16, 17, 40, 64)])
 def test_the_device_gives_the_bits_of_the_host(cpu_library, num_tasks):
     if num_tasks <= 17:
-        gram = torch.cat([batch_of_grams(num_tasks, numel) for numel in sorted({1, (num_tasks + 1) // 2, num_tasks + 5})])
+        gram = torch.cat([one_of_each_kind(num_tasks, numel) for numel in sorted({1, (num_tasks + 1) // 2, num_tasks + 5})])
     else:
-        gram = batch_of_grams(num_tasks, num_tasks // 2)[::4]
+        gram = one_of_each_kind(num_tasks, num_tasks // 2)[::4]
     gram = torch.cat([gram, gram[:1] * torch.nan, -gram[:1], gram[:1] * 2.0**-1000, gram[:1] * 2.0**900])
     active = torch.rand(gram.shape[:-1], generator=torch.Generator().manual_seed(num_tasks)) < 0.7
     preference = torch.linspace(0.5, 2, num_tasks, dtype=torch.float64)
@@ -471,8 +471,8 @@ def test_the_device_gives_the_bits_of_the_host(cpu_library, num_tasks):
 
 
 def test_shared_memory_fits_every_chip():
-    for op, size in itertools.product(("config_weights", "imtl_g_weights", "aligned_mtl_weights"), (1, 8, 63, 64)):
-        assert testing_module().kxk_launch(op, size)[1] <= 99 * 1024  # sm_86, 89 and 120 have the least
+    for solver, size in itertools.product(SOLVERS, (1, 8, 63, 64)):
+        assert testing_module().kxk_launch(solver, size)[1] <= 99 * 1024  # sm_86, 89 and 120 have the least
 
 
 SYNC = r"team\.sync\(\);"
@@ -485,25 +485,16 @@ MISSING_SYNCS = {
     "shares": rf"(\(shortest / norm\[i\]\) : 0\.0;\s*\}}\);\s*){SYNC}",
 }
 
-SOLVERS = [f"mtlkernels::solve<(mtlkernels::Solver){number}>" for number in range(2, 7)]
-"""ConFIG, IMTL-G and the three scales of Aligned-MTL, by their number in kxk_weights.h."""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", MISSING_SYNCS)
 def test_a_missing_sync_is_a_race(cpu_library, place, tmp_path):
-    ptxsim = pytest.importorskip("ptxsim")
-    from test_cuda_kxk import planted
-
-    module = planted(tmp_path, "common/kxk_spectral.h", f"(?s){MISSING_SYNCS[place]}", r"\1")
-    gram = batch_of_grams(9, 9)  # odd, so that there is a row to fill up
-    result = torch.empty(gram.shape[:-1], dtype=torch.float64)
-    threads, shared = testing_module().kxk_launch("aligned_mtl_weights", 9)
-    args = [gram, 9, None, ptxsim.Struct(np.float64(EPSILON), None), result]
+    device = Device(planted(tmp_path, "common/kxk_spectral.h", f"(?s){MISSING_SYNCS[place]}", r"\1"))
+    gram = one_of_each_kind(9, 9)  # odd, so that there is a row to fill up
 
     def solve_all() -> None:
-        for name in SOLVERS:
-            module.launch(name, grid=len(gram), block=threads, shared=shared, args=args, outputs=[result], readonly=[gram])
+        for solver in SOLVERS:
+            device.solve(solver, gram, number=EPSILON)
 
     with pytest.raises(ptxsim.SimError, match=r"race|uninit"):
         solve_all()

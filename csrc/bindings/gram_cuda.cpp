@@ -70,9 +70,15 @@ Tensor gram_of_chunks(const Gradients& grads, Rows rows, bool per_tensor) {
   Tensor result = empty_like_device(grads.model, shape);
   std::vector<void*> pointers(columns.size() * rows.all());
   std::vector<cuda::Slot> slots;
-  std::vector<std::vector<PlannedTensor>> groups(4);  // by dtype, as the plan sees them
+  struct Group {  // of one dtype, as the plan sees it
+    std::vector<PlannedTensor> tensors;
+    int32_t first_block;
+  };
+  Group groups[4];
   int64_t blocks = 0;
   for (DType dtype : kDTypes) {
+    Group& group = groups[int(dtype)];
+    group.first_block = int32_t(blocks);
     for (int64_t n = 0; n < columns.size(); ++n) {
       if (columns[n].dtype != dtype) continue;
       const int64_t own = (columns[n].layout.numel + kDeviceChunk - 1) / kDeviceChunk;
@@ -80,20 +86,18 @@ Tensor gram_of_chunks(const Gradients& grads, Rows rows, bool per_tensor) {
       blocks += own;
       if (own == 0) continue;
       rows.gather(columns[n].rows, pointers.data() + n * rows.all());
-      groups[int(dtype)].push_back({pointers.data() + n * rows.all(), columns[n].layout.numel});
+      group.tensors.push_back({pointers.data() + n * rows.all(), columns[n].layout.numel});
     }
   }
   require(blocks < (int64_t(1) << 31), "the gradients have too many elements for one call");
   if (!per_tensor) slots.push_back({0, 0, int32_t(blocks)});
   const Tensor partials = empty_like_device(grads.model, {blocks, num_pairs(gram_class(int(rows.all())))});
   double* sums = static_cast<double*>(partials.mutable_data_ptr());
-  int32_t first = 0;
   for (DType dtype : kDTypes) {
-    const std::vector<PlannedTensor>& group = groups[int(dtype)];
-    if (group.empty()) continue;
-    const char* error = cuda::gram_chunks(dtype, group, int(rows.all()), first, sums, grads.stream);
+    const Group& group = groups[int(dtype)];
+    if (group.tensors.empty()) continue;
+    const char* error = cuda::gram_chunks(dtype, group.tensors, int(rows.all()), group.first_block, sums, grads.stream);
     require(!error, error);
-    for (const PlannedTensor& tensor : group) first += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
   }
   const char* error = cuda::gram_finish(slots, int(rows.num_left), int(rows.num_right), sums,
                                         static_cast<double*>(result.mutable_data_ptr()), grads.stream);

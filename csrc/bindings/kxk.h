@@ -55,12 +55,6 @@ inline void require_seed(const Tensor& seed) {
   require(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "seed must be one int64");
 }
 
-/// Aligned-MTL with its eigenvalues scaled by their least, their median or their mean: 0, 1 or 2.
-inline Solver aligned_mtl_solver(int64_t scale) {
-  require(scale >= 0 && scale <= 2, "scale must be 0 (min), 1 (median) or 2 (rmse)");
-  return scale == 0 ? Solver::aligned_mtl_min : scale == 1 ? Solver::aligned_mtl_median : Solver::aligned_mtl_rmse;
-}
-
 /// float64 of gram's shape, and one of an order and a seed.
 inline void require_gradvac(const Tensor& gram, const Tensor& phi, const std::optional<Tensor>& order,
                             const std::optional<Tensor>& seed) {
@@ -79,5 +73,66 @@ inline Tensor empty_of_problems(const Tensor& gram, std::initializer_list<int64_
   shape.insert(shape.end(), inner);
   return torch::stable::new_empty(gram, shape);
 }
+
+/// Writes the weights [..., K] of a solver to `result`; its arguments fit each other.
+using Solve = void (*)(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double number,
+                       const std::optional<Tensor>& values, const Tensor& result);
+
+/// The ops of the weightings that a solver serves, over the active tasks as if the others did not exist: they get weight 0.
+template <Solve solve>
+struct WeightOps {
+  using Optional = std::optional<Tensor>;
+
+  static Tensor run(Solver solver, const Tensor& gram, const Optional& active, double number, const Optional& values) {
+    require_exact_gram(gram);
+    require_active(active, gram);
+    require_values(values, gram);
+    Tensor result = empty_of_problems(gram, {gram.size(-1)});
+    solve(solver, gram, active, number, values, result);
+    return result;
+  }
+
+  static Tensor mgda(const Tensor& gram, const Optional& active) { return run(Solver::mgda, gram, active, 0.0, {}); }
+  static Tensor cagrad(const Tensor& gram, const Optional& active, double c) {
+    return run(Solver::cagrad, gram, active, c, {});
+  }
+  static Tensor upgrad(const Tensor& gram, const Optional& active, const Optional& preference) {
+    return run(Solver::upgrad, gram, active, 0.0, preference);
+  }
+  static Tensor dualproj(const Tensor& gram, const Optional& active, const Optional& preference) {
+    return run(Solver::dualproj, gram, active, 0.0, preference);
+  }
+  static Tensor pcd(const Tensor& gram, const Optional& active, const Tensor& tau) {
+    return run(Solver::pcd, gram, active, 0.0, tau);
+  }
+  static Tensor config(const Tensor& gram, const Optional& active, const Optional& preference, double epsilon) {
+    return run(Solver::config, gram, active, epsilon, preference);
+  }
+  static Tensor imtl_g(const Tensor& gram, const Optional& active, double epsilon) {
+    return run(Solver::imtl_g, gram, active, epsilon, {});
+  }
+  static Tensor aligned_mtl(const Tensor& gram, const Optional& active, const Optional& preference, int64_t scale,
+                            double epsilon) {
+    require(scale >= 0 && scale <= 2, "scale must be 0 (min), 1 (median) or 2 (rmse)");
+    constexpr Solver solvers[] = {Solver::aligned_mtl_min, Solver::aligned_mtl_median, Solver::aligned_mtl_rmse};
+    return run(solvers[scale], gram, active, epsilon, preference);
+  }
+  static Tensor fairgrad(const Tensor& gram, const Optional& active, double alpha) {
+    return run(Solver::fairgrad, gram, active, alpha, {});
+  }
+
+  template <class Library>
+  static void add_to(Library& m) {
+    m.impl("mgda_weights", TORCH_BOX(&mgda));
+    m.impl("cagrad_weights", TORCH_BOX(&cagrad));
+    m.impl("upgrad_weights", TORCH_BOX(&upgrad));
+    m.impl("dualproj_weights", TORCH_BOX(&dualproj));
+    m.impl("pcd_weights", TORCH_BOX(&pcd));
+    m.impl("config_weights", TORCH_BOX(&config));
+    m.impl("imtl_g_weights", TORCH_BOX(&imtl_g));
+    m.impl("aligned_mtl_weights", TORCH_BOX(&aligned_mtl));
+    m.impl("fairgrad_weights", TORCH_BOX(&fairgrad));
+  }
+};
 
 }  // namespace mtlkernels

@@ -149,19 +149,14 @@ Tensor condition_number_op(const Tensor& gram) {
 
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
 
-/// Solves each problem over its active tasks, as if the others did not exist: they get weight 0.
 template <Solver solver>
-Tensor solve(const Tensor& gram, const std::optional<Tensor>& active, double number = 0.0,
-             const std::optional<Tensor>& values = std::nullopt) {
-  require_exact_gram(gram);
-  require_active(active, gram);
-  require_values(values, gram);
+void solve_each(const Tensor& gram, const std::optional<Tensor>& active, double number, const std::optional<Tensor>& values,
+                const Tensor& result) {
   const Grams grams(gram);
   const int size = grams.size();
   const Batch mask(active ? *active : gram, active ? 1 : 2);
   const std::vector<double> given =
       values ? read_matrix(*values, "the values of the tasks must be on the CPU") : std::vector<double>();
-  Tensor result = empty_of_problems(gram, {size});
   grams.for_each_range([&](int64_t begin, int64_t end) {
     std::vector<double> matrix(size * size), workspace(solver_doubles(solver, size)), own(size), packed(size), weights(size);
     std::vector<int> integers(solver_integers(solver, size)), tasks(size);
@@ -184,47 +179,11 @@ Tensor solve(const Tensor& gram, const std::optional<Tensor>& active, double num
       store(result, b * size, weights.data(), size);
     }
   });
-  return result;
 }
 
-Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve<Solver::mgda>(gram, active); }
-
-Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
-  return solve<Solver::cagrad>(gram, active, c);
-}
-
-Tensor upgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
-  return solve<Solver::upgrad>(gram, active, 0.0, preference);
-}
-
-Tensor dualproj_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
-  return solve<Solver::dualproj>(gram, active, 0.0, preference);
-}
-
-Tensor pcd_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const Tensor& tau) {
-  return solve<Solver::pcd>(gram, active, 0.0, tau);
-}
-
-Tensor config_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
-                         double epsilon) {
-  return solve<Solver::config>(gram, active, epsilon, preference);
-}
-
-Tensor imtl_g_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double epsilon) {
-  return solve<Solver::imtl_g>(gram, active, epsilon);
-}
-
-Tensor aligned_mtl_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
-                              int64_t scale, double epsilon) {
-  switch (aligned_mtl_solver(scale)) {
-    case Solver::aligned_mtl_min: return solve<Solver::aligned_mtl_min>(gram, active, epsilon, preference);
-    case Solver::aligned_mtl_median: return solve<Solver::aligned_mtl_median>(gram, active, epsilon, preference);
-    default: return solve<Solver::aligned_mtl_rmse>(gram, active, epsilon, preference);
-  }
-}
-
-Tensor fairgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double alpha) {
-  return solve<Solver::fairgrad>(gram, active, alpha);
+void solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double number,
+           const std::optional<Tensor>& values, const Tensor& result) {
+  with_solver(solver, [&](auto constant) { solve_each<constant()>(gram, active, number, values, result); });
 }
 
 // --- projections ------------------------------------------------------------------------------------------------------
@@ -344,15 +303,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("magnitude_similarity", TORCH_BOX(&mtlkernels::magnitude_similarity_op));
   m.impl("conflict_rate", TORCH_BOX(&mtlkernels::conflict_rate_op));
   m.impl("condition_number", TORCH_BOX(&mtlkernels::condition_number_op));
-  m.impl("mgda_weights", TORCH_BOX(&mtlkernels::mgda_weights_op));
-  m.impl("cagrad_weights", TORCH_BOX(&mtlkernels::cagrad_weights_op));
-  m.impl("upgrad_weights", TORCH_BOX(&mtlkernels::upgrad_weights_op));
-  m.impl("dualproj_weights", TORCH_BOX(&mtlkernels::dualproj_weights_op));
-  m.impl("pcd_weights", TORCH_BOX(&mtlkernels::pcd_weights_op));
-  m.impl("config_weights", TORCH_BOX(&mtlkernels::config_weights_op));
-  m.impl("imtl_g_weights", TORCH_BOX(&mtlkernels::imtl_g_weights_op));
-  m.impl("aligned_mtl_weights", TORCH_BOX(&mtlkernels::aligned_mtl_weights_op));
-  m.impl("fairgrad_weights", TORCH_BOX(&mtlkernels::fairgrad_weights_op));
+  mtlkernels::WeightOps<mtlkernels::solve>::add_to(m);
   m.impl("projection_coefficients", TORCH_BOX(&mtlkernels::projection_coefficients_op));
   m.impl("pcgrad_weights", TORCH_BOX(&mtlkernels::pcgrad_weights_op));
   m.impl("gradvac_weights", TORCH_BOX(&mtlkernels::gradvac_weights_op));

@@ -54,12 +54,8 @@ Tensor condition_number_op(const Tensor& gram) { return apply(GramFunction::cond
 
 // --- weightings over the active tasks ---------------------------------------------------------------------------------
 
-Tensor solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double number = 0.0,
-             const std::optional<Tensor>& values = std::nullopt) {
-  require_exact_gram(gram);
-  require_active(active, gram);
-  require_values(values, gram);
-  Tensor result = empty_of_problems(gram, {gram.size(-1)});
+void solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& active, double number,
+           const std::optional<Tensor>& values, const Tensor& result) {
   launch(gram, result, [&](const void* data, int64_t problems, int size, cuda::Stream stream) {
     std::optional<Tensor> mask, own;
     if (active) mask = beside(*active, gram, "active is not on gram's device");
@@ -69,43 +65,6 @@ Tensor solve(Solver solver, const Tensor& gram, const std::optional<Tensor>& act
                        mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr, options,
                        static_cast<double*>(result.mutable_data_ptr()), stream);
   });
-  return result;
-}
-
-Tensor mgda_weights_op(const Tensor& gram, const std::optional<Tensor>& active) { return solve(Solver::mgda, gram, active); }
-
-Tensor cagrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double c) {
-  return solve(Solver::cagrad, gram, active, c);
-}
-
-Tensor upgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
-  return solve(Solver::upgrad, gram, active, 0.0, preference);
-}
-
-Tensor dualproj_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference) {
-  return solve(Solver::dualproj, gram, active, 0.0, preference);
-}
-
-Tensor pcd_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const Tensor& tau) {
-  return solve(Solver::pcd, gram, active, 0.0, tau);
-}
-
-Tensor config_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
-                         double epsilon) {
-  return solve(Solver::config, gram, active, epsilon, preference);
-}
-
-Tensor imtl_g_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double epsilon) {
-  return solve(Solver::imtl_g, gram, active, epsilon);
-}
-
-Tensor aligned_mtl_weights_op(const Tensor& gram, const std::optional<Tensor>& active, const std::optional<Tensor>& preference,
-                              int64_t scale, double epsilon) {
-  return solve(aligned_mtl_solver(scale), gram, active, epsilon, preference);
-}
-
-Tensor fairgrad_weights_op(const Tensor& gram, const std::optional<Tensor>& active, double alpha) {
-  return solve(Solver::fairgrad, gram, active, alpha);
 }
 
 // --- projections ------------------------------------------------------------------------------------------------------
@@ -161,15 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
   m.impl("magnitude_similarity", TORCH_BOX(&magnitude_similarity_op));
   m.impl("conflict_rate", TORCH_BOX(&conflict_rate_op));
   m.impl("condition_number", TORCH_BOX(&condition_number_op));
-  m.impl("mgda_weights", TORCH_BOX(&mgda_weights_op));
-  m.impl("cagrad_weights", TORCH_BOX(&cagrad_weights_op));
-  m.impl("upgrad_weights", TORCH_BOX(&upgrad_weights_op));
-  m.impl("dualproj_weights", TORCH_BOX(&dualproj_weights_op));
-  m.impl("pcd_weights", TORCH_BOX(&pcd_weights_op));
-  m.impl("config_weights", TORCH_BOX(&config_weights_op));
-  m.impl("imtl_g_weights", TORCH_BOX(&imtl_g_weights_op));
-  m.impl("aligned_mtl_weights", TORCH_BOX(&aligned_mtl_weights_op));
-  m.impl("fairgrad_weights", TORCH_BOX(&fairgrad_weights_op));
+  WeightOps<solve>::add_to(m);
   m.impl("projection_coefficients", TORCH_BOX(&projection_coefficients_op));
   m.impl("pcgrad_weights", TORCH_BOX(&pcgrad_weights_op));
   m.impl("gradvac_weights", TORCH_BOX(&gradvac_weights_op));

@@ -70,12 +70,8 @@ struct Equilibrium {
         step(scale + size),
         product(step + size),
         barrier(product + size) {
-    cosine(team, gram, size, matrix, stride, step);
-    for_owned(team, 0, size, [&](int i) {
-      norm[i] = gram[i * size + i] > 0.0 ? std::sqrt(gram[i * size + i]) : 0.0;
-      matrix[i * stride + i] = 1.0 + ridge;
-      centre[i] = 0.0;
-    });
+    ridged_cosines(team, gram, size, ridge, matrix, norm, step);
+    for_owned(team, 0, size, [&](int i) { centre[i] = 0.0; });
     team.sync();
   }
 

@@ -14,6 +14,19 @@ MTL_HOST_DEVICE constexpr int solver_stride(int size) { return size | 1; }
 MTL_HOST_DEVICE constexpr int64_t program_doubles(int64_t size) { return 2 * size * (size | 1) + 8 * size; }
 MTL_HOST_DEVICE constexpr int64_t program_integers(int64_t size) { return 2 * size; }
 
+/// M = R + ridge [K, K], R the cosines of the gradients with unit diagonal, and their norms. Ends without a sync: elements have
+/// their owners. `scratch` holds K doubles.
+template <class Team>
+MTL_HOST_DEVICE void ridged_cosines(const Team& team, const double* gram, int size, double ridge, double* matrix, double* norm,
+                                    double* scratch) {
+  const int stride = solver_stride(size);
+  cosine(team, gram, size, matrix, stride, scratch);
+  for_owned(team, 0, size, [&](int i) {
+    norm[i] = gram[i * size + i] > 0.0 ? std::sqrt(gram[i * size + i]) : 0.0;
+    matrix[i * stride + i] = 1.0 + ridge;
+  });
+}
+
 /// min_{u >= 0} u' R u / 2 - right(t)' u with right(t) = t slope - offset and R positive semidefinite with unit diagonal.
 ///
 /// R is solved with a ridge of 64 K eps on its diagonal, which exceeds the rounding error of a Gram and its factor, so that
@@ -61,10 +74,8 @@ struct QuadraticProgram {
         order(integers),
         rejected(order + size),
         count(0) {
-    cosine(team, gram, size, matrix, stride, scratch);
+    ridged_cosines(team, gram, size, ridge, matrix, norm, scratch);
     for_owned(team, 0, size, [&](int i) {
-      norm[i] = gram[i * size + i] > 0.0 ? std::sqrt(gram[i * size + i]) : 0.0;
-      matrix[i * stride + i] = 1.0 + ridge;
       solution[i] = centre[i] = 0.0;
       order[i] = i;
     });

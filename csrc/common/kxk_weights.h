@@ -2,6 +2,8 @@
 // The weightings that one kernel, and one loop on the CPU, serve: what each takes besides the Gram, the workspace it needs, and
 // its function.
 
+#include <type_traits>
+
 #include "kxk_newton.h"
 #include "kxk_quadratic.h"
 #include "kxk_solvers.h"
@@ -22,6 +24,16 @@ enum class Solver : int {
   pcd,
   fairgrad
 };
+
+constexpr int kNumSolvers = static_cast<int>(Solver::fairgrad) + 1;  // the last one
+
+/// body(std::integral_constant<Solver, solver>()): code that is compiled for each solver, chosen at run time.
+template <int index = 0, class Body>
+auto with_solver(Solver solver, const Body& body) {
+  if constexpr (index + 1 < kNumSolvers)
+    if (static_cast<int>(solver) != index) return with_solver<index + 1>(solver, body);
+  return body(std::integral_constant<Solver, static_cast<Solver>(index)>());
+}
 
 /// What a weighting takes besides the Gram. Each says what its number and its values, one per task, mean; values is null where
 /// none are given.

@@ -23,22 +23,6 @@ void (*pick(GramFunction function))(const T*, int, T*) {
   }
 }
 
-void (*pick(Solver solver))(const double*, int, const bool*, SolverOptions, double*) {
-  switch (solver) {
-    case Solver::mgda: return mtlkernels::solve<Solver::mgda>;
-    case Solver::config: return mtlkernels::solve<Solver::config>;
-    case Solver::imtl_g: return mtlkernels::solve<Solver::imtl_g>;
-    case Solver::aligned_mtl_min: return mtlkernels::solve<Solver::aligned_mtl_min>;
-    case Solver::aligned_mtl_median: return mtlkernels::solve<Solver::aligned_mtl_median>;
-    case Solver::aligned_mtl_rmse: return mtlkernels::solve<Solver::aligned_mtl_rmse>;
-    case Solver::upgrad: return mtlkernels::solve<Solver::upgrad>;
-    case Solver::dualproj: return mtlkernels::solve<Solver::dualproj>;
-    case Solver::pcd: return mtlkernels::solve<Solver::pcd>;
-    case Solver::fairgrad: return mtlkernels::solve<Solver::fairgrad>;
-    default: return mtlkernels::solve<Solver::cagrad>;
-  }
-}
-
 }  // namespace
 
 const char* gram_function(GramFunction function, DType dtype, const void* gram, int64_t problems, int size, void* result,
@@ -52,7 +36,8 @@ const char* gram_function(GramFunction function, DType dtype, const void* gram, 
 
 const char* solve(Solver solver, const double* gram, int64_t problems, int size, const bool* active, SolverOptions options,
                   double* weights, Stream stream) {
-  return launch(pick(solver), problems, solver_launch(solver, size), stream, gram, size, active, options, weights);
+  const auto kernel = with_solver(solver, [](auto constant) { return &mtlkernels::solve<constant()>; });
+  return launch(kernel, problems, solver_launch(solver, size), stream, gram, size, active, options, weights);
 }
 
 const char* projection_coefficients(const double* gram, int64_t problems, int size, const int64_t* order, int64_t steps,

@@ -124,6 +124,16 @@ struct ProjectionBlock {
   int64_t* order;
   uint32_t* keys;
 
+  /// weights[k] = the sum of the rows' coefficients. Contract: all threads of the block call it; one barrier at the start.
+  __device__ void sum_rows(int size, double* weights) const {
+    __syncthreads();
+    for (int k = threadIdx.x; k < size; k += blockDim.x) {
+      double sum = 0.0;
+      for (int row = 0; row < size; ++row) sum += coefficients[row * size + k];
+      weights[k] = sum;
+    }
+  }
+
   __device__ explicit ProjectionBlock(int size)
       : team{static_cast<int>(threadIdx.x) % Warp::size},
         index(static_cast<int>(threadIdx.x) / Warp::size),
@@ -139,6 +149,13 @@ struct ProjectionBlock {
   }
 };
 
+/// Whether all steps of an order are task indices. Contract: all lanes call it.
+__device__ inline bool is_order(const Warp& team, const int64_t* order, int64_t steps, int size) {
+  int invalid = 0;
+  for (int64_t step = team.lane; step < steps; step += Warp::size) invalid += order[step] < 0 || order[step] >= size;
+  return team.sum(invalid) == 0;
+}
+
 /// result[problem] [K, K]: coefficients of successive projections for Grams [problems, K, K] in the orders order
 /// [problems, K, steps]. A row whose order holds what is no task index is NaN. Launch: projection_launch, a block per problem.
 __global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
@@ -151,12 +168,10 @@ __global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
   for (int row = block.index; row < size; row += block.teams) {
     const int64_t* own = order + (problem * size + row) * steps;
     double* coefficients = block.coefficients + row * size;
-    int invalid = 0;
-    for (int64_t step = team.lane; step < steps; step += Warp::size) invalid += own[step] < 0 || own[step] >= size;
-    if (team.sum(invalid) > 0) {
-      fill(team, coefficients, size, NAN);
-    } else {
+    if (is_order(team, own, steps, size)) {
       projection_row(team, block.gram, size, row, own, steps, conflict_only, coefficients, block.inner);
+    } else {
+      fill(team, coefficients, size, NAN);
     }
     for (int k = team.lane; k < size; k += Warp::size) result[problem * square + row * size + k] = coefficients[k];
   }
@@ -173,12 +188,7 @@ __global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
     random_order(block.team, static_cast<uint64_t>(*seed), problem, row, size, block.keys, block.order);
     projection_row(block.team, block.gram, size, row, block.order, size, true, block.coefficients + row * size, block.inner);
   }
-  __syncthreads();
-  for (int k = threadIdx.x; k < size; k += blockDim.x) {
-    double sum = 0.0;
-    for (int row = 0; row < size; ++row) sum += block.coefficients[row * size + k];
-    result[problem * size + k] = sum;
-  }
+  block.sum_rows(size, result + problem * size);
 }
 
 /// weights[problem] [K] and new_phi[problem] [K, K]: GradVac's weights and its targets after, for Grams and targets `phi`
@@ -198,24 +208,14 @@ __global__ void __launch_bounds__(kMaxRowTeams* kTeamThreads, 1)
     double *coefficients = block.coefficients + row * size, *targets = new_phi + place;
     for_owned(team, 0, size, [&](int k) { targets[k] = phi[place + k]; });
     const int64_t* own = order ? order + (problem * size + row) * steps : block.order;
-    int invalid = !finite;
-    if (order) {
-      for (int64_t step = team.lane; step < steps; step += Warp::size) invalid += own[step] < 0 || own[step] >= size;
-    } else {
-      random_order(team, static_cast<uint64_t>(*seed), problem, row, size, block.keys, block.order);
-    }
-    if (team.sum(invalid) > 0) {
-      fill(team, coefficients, size, NAN);
-    } else {
+    if (!order) random_order(team, static_cast<uint64_t>(*seed), problem, row, size, block.keys, block.order);
+    if (finite && (!order || is_order(team, own, steps, size))) {
       vaccine_row(team, block.gram, size, row, own, order ? steps : size, beta, epsilon, targets, coefficients, block.inner);
+    } else {
+      fill(team, coefficients, size, NAN);
     }
   }
-  __syncthreads();
-  for (int k = threadIdx.x; k < size; k += blockDim.x) {
-    double sum = 0.0;
-    for (int row = 0; row < size; ++row) sum += block.coefficients[row * size + k];
-    weights[problem * size + k] = sum;
-  }
+  block.sum_rows(size, weights + problem * size);
 }
 
 }  // namespace mtlkernels

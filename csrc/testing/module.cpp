@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <map>
 
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
@@ -40,6 +41,41 @@ std::tuple<int, int64_t, int64_t> chunk_of_block(const std::string& table, int b
   return {chunk.tensor, chunk.begin, chunk.end};
 }
 
+using mtlkernels::GramFunction;
+using mtlkernels::Solver;
+
+const std::map<std::string, Solver> kSolvers{
+    {"mgda", Solver::mgda},
+    {"cagrad", Solver::cagrad},
+    {"config", Solver::config},
+    {"imtl_g", Solver::imtl_g},
+    {"aligned_mtl_min", Solver::aligned_mtl_min},
+    {"aligned_mtl_median", Solver::aligned_mtl_median},
+    {"aligned_mtl_rmse", Solver::aligned_mtl_rmse},
+    {"upgrad", Solver::upgrad},
+    {"dualproj", Solver::dualproj},
+    {"pcd", Solver::pcd},
+    {"fairgrad", Solver::fairgrad},
+};
+
+const std::map<std::string, GramFunction> kGramFunctions{
+    {"cosine", GramFunction::cosine},
+    {"magnitude_similarity", GramFunction::magnitude_similarity},
+    {"conflict_rate", GramFunction::conflict_rate},
+    {"condition_number", GramFunction::condition_number},
+};
+
+/// (threads, bytes of dynamic shared memory) of a kernel of the K x K stage: a solver, a function of the Gram, or an op that
+/// projects.
+std::tuple<int, int64_t> kxk_launch(const std::string& kernel, int size) {
+  const mtlkernels::KxkLaunch launch = kGramFunctions.count(kernel)
+                                           ? mtlkernels::gram_function_launch(kGramFunctions.at(kernel), size)
+                                       : kernel == "projection_coefficients" || kernel == "pcgrad_weights"
+                                           ? mtlkernels::projection_launch(size, kernel == "pcgrad_weights")
+                                           : mtlkernels::solver_launch(kSolvers.at(kernel), size);
+  return {launch.threads, launch.shared_bytes};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(mtlkernels_testing, m) {
@@ -53,26 +89,10 @@ PYBIND11_MODULE(mtlkernels_testing, m) {
     const int bytes = mtlkernels::mix_shared_bytes(mtlkernels::DType(dtype), num_rows, num_results);
     return std::make_tuple(mtlkernels::mix_threads(num_rows), bytes);
   });
-  m.def("kxk_launch", [](const std::string& kernel, int size) {
-    using mtlkernels::GramFunction;
-    const mtlkernels::KxkLaunch launch =
-        kernel == "cosine"                    ? mtlkernels::gram_function_launch(GramFunction::cosine, size)
-        : kernel == "magnitude_similarity"    ? mtlkernels::gram_function_launch(GramFunction::magnitude_similarity, size)
-        : kernel == "conflict_rate"           ? mtlkernels::gram_function_launch(GramFunction::conflict_rate, size)
-        : kernel == "condition_number"        ? mtlkernels::gram_function_launch(GramFunction::condition_number, size)
-        : kernel == "projection_coefficients" ? mtlkernels::projection_launch(size, false)
-        : kernel == "pcgrad_weights"          ? mtlkernels::projection_launch(size, true)
-        : kernel == "fairgrad_weights"        ? mtlkernels::solver_launch(mtlkernels::Solver::fairgrad, size)
-        : kernel == "mgda_weights"            ? mtlkernels::solver_launch(mtlkernels::Solver::mgda, size)
-        : kernel == "config_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::config, size)
-        : kernel == "imtl_g_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::imtl_g, size)
-        : kernel == "aligned_mtl_weights"     ? mtlkernels::solver_launch(mtlkernels::Solver::aligned_mtl_min, size)
-        : kernel == "upgrad_weights"          ? mtlkernels::solver_launch(mtlkernels::Solver::upgrad, size)
-        : kernel == "dualproj_weights"        ? mtlkernels::solver_launch(mtlkernels::Solver::dualproj, size)
-        : kernel == "pcd_weights"             ? mtlkernels::solver_launch(mtlkernels::Solver::pcd, size)
-                                              : mtlkernels::solver_launch(mtlkernels::Solver::cagrad, size);
-    return std::make_tuple(launch.threads, launch.shared_bytes);
-  });
+  m.def("kxk_launch", &kxk_launch);
+  py::dict solvers;
+  for (const auto& [name, solver] : kSolvers) solvers[py::str(name)] = int(solver);
+  m.attr("SOLVERS") = solvers;
   m.def("chunk_of_block", [](const py::bytes& table, int block) { return chunk_of_block(table, block); });
   m.def("capacity", &TensorTable::capacity);
   m.attr("CHUNK") = mtlkernels::kDeviceChunk;

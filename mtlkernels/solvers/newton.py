@@ -1,13 +1,9 @@
-"""The op of the equilibrium weightings, FairGrad and Nash-MTL: schema, fake and reference, as in ``solvers.py``.
-
-The kernel is csrc/common/kxk_newton.h.
-"""
+"""The equilibrium weightings, FairGrad and Nash-MTL. The kernel is csrc/common/kxk_newton.h."""
 
 import torch
 from torch import Tensor
 
-from ._library import define
-from .solvers import EPSILON, ROUNDS, _finish, _prepare
+from .common import EPSILON, ROUNDS, define_weights, finish, prepare
 
 MAX_STEPS = 200
 """Newton steps per solve: several times what the hardest problems take."""
@@ -28,8 +24,8 @@ def solve_equilibrium(matrix: Tensor, scale: Tensor, exponent: float) -> tuple[T
 
     Damped Newton on the convex u' R u / 2 - sum_i a_i u_i^(1 - p) / (1 - p), in units of u. Along a step e the second
     derivative grows at most as (1 - t m)^(-p - 1), m the largest -e_i, so that the length 1 / (1 + m (1 + max(p, 1)) / 2) never
-    passes the minimum. Ridge and proximal point steps are those of :func:`mtlkernels.solvers.solve_nonnegative`; there is no
-    solution where the ridge shows in u' R u.
+    passes the minimum. Ridge and proximal point steps are those of :func:`.program.solve_nonnegative`; there is no solution
+    where the ridge shows in u' R u.
 
     Args:
         matrix: R, float64 [B, K, K], positive semidefinite with unit diagonal.
@@ -84,7 +80,7 @@ def fairgrad_weights(gram: Tensor, active: Tensor | None, alpha: float) -> Tenso
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     exponent = 1 / alpha
     there = norm > 0
     largest = norm.amax(-1, keepdim=True)
@@ -93,11 +89,7 @@ def fairgrad_weights(gram: Tensor, active: Tensor | None, alpha: float) -> Tenso
     scale = torch.where(there, (torch.where(there, norm / unit, 1.0) ** (exponent - 1)).clamp(min=2.0**-1022), 0.0)
     u, solvable = solve_equilibrium(cosine, scale, exponent)
     weights = u * unit ** ((exponent - 1) / (exponent + 1)) / torch.where(there, norm, 1.0)
-    return _finish(torch.where(solvable.unsqueeze(-1), weights, 0.0), mask, finite, gram)
+    return finish(torch.where(solvable.unsqueeze(-1), weights, 0.0), mask, finite, gram)
 
 
-define(
-    "fairgrad_weights(Tensor gram, Tensor? active, float alpha) -> Tensor",
-    fake=lambda gram, active, alpha: gram.new_empty(gram.shape[:-1]),
-    reference=fairgrad_weights,
-)
+define_weights("fairgrad_weights(Tensor gram, Tensor? active, float alpha) -> Tensor", fairgrad_weights)

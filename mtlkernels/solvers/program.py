@@ -1,39 +1,11 @@
-"""The ops of the K x K stage that find weights: schema, fake and reference side by side.
-
-The references solve a whole batch at once in masked steps, on any device. Off the CPU they never read a value on the host:
-they run the step limit. The kernels (csrc/common/kxk_solvers.h) solve the same problems one at a time. Notation: K tasks, G
-the Gram, n_i = sqrt(G_ii).
-"""
+"""MGDA, CAGrad, and the quadratic program that they and others are. The kernel is csrc/common/kxk_solvers.h."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
-from ._library import define
-from .random import random_orders
-
-EPSILON = torch.finfo(torch.float64).eps
-ROUNDS = 3
-"""Solves per problem: one, and proximal point steps."""
-
-
-# --- PCGrad --------------------------------------------------------------------------------------------------------
-
-
-def _pcgrad_weights_reference(gram: Tensor, seed: Tensor) -> Tensor:
-    num_tasks = gram.shape[-1]
-    order = random_orders(seed, gram.shape[:-2].numel(), num_tasks).view(gram.shape)
-    return reference.projection_coefficients(gram, order).sum(-2)
-
-
-define(
-    "pcgrad_weights(Tensor gram, Tensor seed) -> Tensor",
-    fake=lambda gram, seed: gram.new_empty(gram.shape[:-1]),
-    reference=_pcgrad_weights_reference,
-)
-
+from .common import EPSILON, ROUNDS, define_weights, finish, prepare
 
 # --- the quadratic program ----------------------------------------------------------------------------------------------
 
@@ -139,24 +111,6 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
     return Solution(u, t, stationary)
 
 
-def _prepare(gram: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[B, K, K] cosines with unit diagonal, [B, K] norms, which tasks are active and which problems are finite."""
-    size = gram.shape[-1]
-    flat = gram.reshape(-1, size, size)
-    mask = torch.ones_like(flat[..., 0], dtype=torch.bool) if active is None else active.reshape(-1, size)
-    flat = torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), flat, 0.0)
-    finite = flat.isfinite().flatten(1).all(-1)
-    flat = torch.where(finite[:, None, None], flat, 0.0)
-    norm = flat.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    cosine = torch.where(torch.eye(size, device=gram.device) > 0, 1.0, reference.cosine(flat))
-    return cosine, norm, mask, finite
-
-
-def _finish(weights: Tensor, mask: Tensor, finite: Tensor, gram: Tensor) -> Tensor:
-    weights = torch.where(finite.unsqueeze(-1), weights, torch.nan)
-    return torch.where(mask, weights, 0.0).reshape(gram.shape[:-1])
-
-
 # --- weightings ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,14 +129,14 @@ def mgda_weights(gram: Tensor, active: Tensor | None) -> Tensor:
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     zero = mask & (norm == 0)
     smallest = torch.where(mask, norm, torch.inf).min(-1, keepdim=True).values
     ratio = torch.where(mask & (norm > 0), smallest / torch.where(norm > 0, norm, 1.0), 0.0)
     solution = solve_nonnegative(cosine, -ratio, torch.zeros_like(ratio), mask & (ratio > 0), None)
     weights = torch.where(zero.any(-1, keepdim=True), zero.to(gram.dtype), solution.value * ratio)
     total = weights.sum(-1, keepdim=True)
-    return _finish(weights / torch.where(total > 0, total, 1.0), mask, finite, gram)
+    return finish(weights / torch.where(total > 0, total, 1.0), mask, finite, gram)
 
 
 def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
@@ -205,7 +159,7 @@ def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     uniform = mask.to(gram.dtype) / count
     there = norm > 0
@@ -220,7 +174,7 @@ def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
     mean = torch.where(usable, mean_square, 1.0).sqrt()
     if c <= 64 * EPSILON:  # the ball is no larger than the rounding of g_0
         weights = torch.where(usable, uniform, 0.0)
-        return _finish(weights, mask, finite, gram)
+        return finish(weights, mask, finite, gram)
     offset = inner / mean
     slope = torch.where(there, smallest / safe, 0.0)
     solution = solve_nonnegative(cosine, offset, slope, there & usable, c * c)
@@ -232,16 +186,8 @@ def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
     usable = usable & ~(solution.stationary | blocked).unsqueeze(-1)
     scale = c * mean / torch.where(usable, square, 1.0).sqrt()
     weights = uniform + torch.where(there, scale * solution.value * (largest / safe), 0.0)
-    return _finish(torch.where(usable, weights, 0.0), mask, finite, gram)
+    return finish(torch.where(usable, weights, 0.0), mask, finite, gram)
 
 
-define(
-    "mgda_weights(Tensor gram, Tensor? active) -> Tensor",
-    fake=lambda gram, active: gram.new_empty(gram.shape[:-1]),
-    reference=mgda_weights,
-)
-define(
-    "cagrad_weights(Tensor gram, Tensor? active, float c) -> Tensor",
-    fake=lambda gram, active, c: gram.new_empty(gram.shape[:-1]),
-    reference=cagrad_weights,
-)
+define_weights("mgda_weights(Tensor gram, Tensor? active) -> Tensor", mgda_weights)
+define_weights("cagrad_weights(Tensor gram, Tensor? active, float c) -> Tensor", cagrad_weights)

@@ -1,25 +1,18 @@
-"""The ops of the weightings that keep the update from opposing gradients: schema, fake and reference side by side.
+"""Weightings that keep the update from opposing gradients: quadratic programs over weights that are bounded from below.
 
-Each is a quadratic program over weights that are bounded from below, or one per task. Conventions as in ``solvers``.
+The kernels are in csrc/common/kxk_quadratic.h.
 """
 
 import torch
 from torch import Tensor
 
-from ._library import define
-from .solvers import EPSILON, _finish, _prepare, solve_nonnegative
+from .common import EPSILON, define_weights, finish, preferences, prepare
+from .program import solve_nonnegative
 
 
 def _minimise(cosine: Tensor, offset: Tensor, free: Tensor) -> Tensor:
     """min_{u >= 0} u' R u / 2 + offset' u, with u = 0 where not ``free``."""
     return solve_nonnegative(cosine, torch.where(free, offset, 0.0), torch.zeros_like(offset), free, None).value
-
-
-def _preference(preference: Tensor | None, mask: Tensor) -> Tensor:
-    """[B, K]: p, 1 over the number of active tasks where none is given; 0 where inactive."""
-    if preference is None:
-        return mask.double() / mask.sum(-1, keepdim=True).clamp(min=1)
-    return torch.where(mask, preference, 0.0)
 
 
 def upgrad_weights(gram: Tensor, active: Tensor | None, preference: Tensor | None) -> Tensor:
@@ -38,15 +31,15 @@ def upgrad_weights(gram: Tensor, active: Tensor | None, preference: Tensor | Non
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     batch, size = norm.shape
-    share = _preference(preference, mask)
+    share = preferences(preference, mask)
     free = mask & (norm > 0)
     each = cosine.unsqueeze(1).expand(batch, size, size, size).reshape(-1, size, size)  # problem i of Gram b: b K + i
     pair = free.unsqueeze(-1) & free.unsqueeze(-2)
     solution = _minimise(each, cosine.reshape(-1, size), pair.reshape(-1, size)).view(batch, size, size)
     above = (solution * (share * norm).unsqueeze(-1)).sum(-2) / torch.where(norm > 0, norm, 1.0)
-    return _finish(share + above, mask, finite, gram)
+    return finish(share + above, mask, finite, gram)
 
 
 def dualproj_weights(gram: Tensor, active: Tensor | None, preference: Tensor | None) -> Tensor:
@@ -57,13 +50,13 @@ def dualproj_weights(gram: Tensor, active: Tensor | None, preference: Tensor | N
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
-    share = _preference(preference, mask)
+    cosine, norm, mask, finite = prepare(gram, active)
+    share = preferences(preference, mask)
     largest = norm.max(-1, keepdim=True).values
     largest = torch.where(largest > 0, largest, 1.0)
     bound = share * (norm / largest)
     solution = _minimise(cosine, (cosine * bound.unsqueeze(-2)).sum(-1), mask & (norm > 0))
-    return _finish(share + solution * largest / torch.where(norm > 0, norm, 1.0), mask, finite, gram)
+    return finish(share + solution * largest / torch.where(norm > 0, norm, 1.0), mask, finite, gram)
 
 
 def pcd_weights(gram: Tensor, active: Tensor | None, tau: Tensor) -> Tensor:
@@ -86,7 +79,7 @@ def pcd_weights(gram: Tensor, active: Tensor | None, tau: Tensor) -> Tensor:
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     primary = mask & (mask.cumsum(-1) == 1)
     length = torch.where(primary, norm, 0.0).sum(-1, keepdim=True)
     there, safe = length > 0, torch.where(length > 0, length, 1.0)
@@ -101,21 +94,9 @@ def pcd_weights(gram: Tensor, active: Tensor | None, tau: Tensor) -> Tensor:
     others = torch.where(norm > 0, solution * length / torch.where(norm > 0, norm, 1.0), 0.0)
     combined = (primary + others) / torch.where(usable & feasible, square, 1.0).sqrt()
     weights = torch.where(usable, torch.where(feasible, combined, primary.double()), 0.0)
-    return _finish(weights, mask, finite, gram)
+    return finish(weights, mask, finite, gram)
 
 
-define(
-    "upgrad_weights(Tensor gram, Tensor? active, Tensor? preference) -> Tensor",
-    fake=lambda gram, active, preference: gram.new_empty(gram.shape[:-1]),
-    reference=upgrad_weights,
-)
-define(
-    "dualproj_weights(Tensor gram, Tensor? active, Tensor? preference) -> Tensor",
-    fake=lambda gram, active, preference: gram.new_empty(gram.shape[:-1]),
-    reference=dualproj_weights,
-)
-define(
-    "pcd_weights(Tensor gram, Tensor? active, Tensor tau) -> Tensor",
-    fake=lambda gram, active, tau: gram.new_empty(gram.shape[:-1]),
-    reference=pcd_weights,
-)
+define_weights("upgrad_weights(Tensor gram, Tensor? active, Tensor? preference) -> Tensor", upgrad_weights)
+define_weights("dualproj_weights(Tensor gram, Tensor? active, Tensor? preference) -> Tensor", dualproj_weights)
+define_weights("pcd_weights(Tensor gram, Tensor? active, Tensor tau) -> Tensor", pcd_weights)

@@ -1,19 +1,16 @@
-"""Ops of the K x K stage whose weights are spectral functions of a Gram or of its cosines: schema, fake and reference.
+"""Weights that are spectral functions of a Gram or of its cosines. The kernels are in csrc/common/kxk_spectral.h."""
 
-The references decompose a whole batch at once, on any device, and read no value on the host off the CPU. The kernels
-(csrc/common/kxk_spectral.h) do the same one problem at a time. Notation: K tasks, G the Gram, R its cosines, n_i = sqrt(G_ii).
-"""
-
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ._library import define
-from .solvers import EPSILON, _finish, _prepare
+from .common import EPSILON, define_weights, finish, preferences, prepare
 
-SCALES = ("min", "median", "rmse")
-"""Aligned-MTL's scales, by the number that its op takes."""
+ScaleMode = Literal["min", "median", "rmse"]
+"""Aligned-MTL's scales."""
+SCALE_MODES: tuple[ScaleMode, ...] = get_args(ScaleMode)
+"""By the number that its op takes."""
 SWEEPS = 20
 """Sweeps of rotations where it cannot be seen that fewer do."""
 
@@ -106,7 +103,7 @@ def config_weights(gram: Tensor, active: Tensor | None, preference: Tensor | Non
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     p = mask.to(gram.dtype) if preference is None else torch.where(mask, preference, 0.0)
     spectrum = _decompose_cosines(cosine, norm, mask, epsilon)
     along = spectrum.along(p)
@@ -117,7 +114,7 @@ def config_weights(gram: Tensor, active: Tensor | None, preference: Tensor | Non
     longest = torch.where(longest > 0, longest, 1.0)
     length = (norm / longest * spectrum.combine(along)).sum(-1, keepdim=True) / square
     weights = length * spectrum.combine(divided) * (longest / torch.where(norm > 0, norm, 1.0))
-    return _finish(torch.where(~none & (norm > 0), weights, 0.0), mask, finite, gram)
+    return finish(torch.where(~none & (norm > 0), weights, 0.0), mask, finite, gram)
 
 
 def imtl_g_weights(gram: Tensor, active: Tensor | None, epsilon: float) -> Tensor:
@@ -136,7 +133,7 @@ def imtl_g_weights(gram: Tensor, active: Tensor | None, epsilon: float) -> Tenso
     """
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = _prepare(gram, active)
+    cosine, norm, mask, finite = prepare(gram, active)
     there = norm > 0
     ones = mask.to(gram.dtype)
     spectrum = _decompose_cosines(cosine, norm, mask, epsilon)
@@ -148,7 +145,7 @@ def imtl_g_weights(gram: Tensor, active: Tensor | None, epsilon: float) -> Tenso
     total = shares.sum(-1, keepdim=True)
     cancels = total.abs() <= 4 * spectrum.tolerance * shares.abs().sum(-1, keepdim=True)
     none = spectrum.negligible(along, ones) | cancels
-    return _finish(torch.where(none, 0.0, shares / torch.where(none, 1.0, total)), mask, finite, gram)
+    return finish(torch.where(none, 0.0, shares / torch.where(none, 1.0, total)), mask, finite, gram)
 
 
 def aligned_mtl_weights(gram: Tensor, active: Tensor | None, preference: Tensor | None, scale: int, epsilon: float) -> Tensor:
@@ -167,40 +164,31 @@ def aligned_mtl_weights(gram: Tensor, active: Tensor | None, preference: Tensor 
         float64 [..., K] for a B that is exact for a matrix within 1e-13 max_i G_ii of G; so B' G B is s times a projector to
         1e-13 s times the condition number of G on its range. All 0 where G is, NaN where it is not finite.
     """
-    if scale not in range(len(SCALES)):
+    if scale not in range(len(SCALE_MODES)):
         raise ValueError(f"scale is {scale}; pass 0 (min), 1 (median) or 2 (rmse).")
     if gram.numel() == 0:
         return gram.new_zeros(gram.shape[:-1])
-    _, _, mask, finite = _prepare(gram, active)
+    _, _, mask, finite = prepare(gram, active)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
-    p = mask.to(gram.dtype) / count if preference is None else torch.where(mask, preference, 0.0)
+    p = preferences(preference, mask)
     usable = (mask & finite.unsqueeze(-1)).unsqueeze(-1) & mask.unsqueeze(-2)
     flat = torch.where(usable, gram.reshape(usable.shape), 0.0)
     unit = flat.abs().amax((-2, -1), keepdim=True)
     spectrum = decompose(flat / torch.where(unit > 0, unit, 1.0), count * epsilon)
     kept = spectrum.kept
-    if SCALES[scale] == "rmse":
+    if SCALE_MODES[scale] == "rmse":
         square = torch.where(kept, spectrum.values, 0.0).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
     else:
         ascending = torch.where(kept, spectrum.values, torch.inf).sort(-1).values
         middle = (kept.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-        square = ascending.gather(-1, middle) if SCALES[scale] == "median" else ascending[..., :1]
+        square = ascending.gather(-1, middle) if SCALE_MODES[scale] == "median" else ascending[..., :1]
     factor = torch.where(kept, (torch.where(kept, square, 1.0) / spectrum.values).sqrt(), 0.0)
-    return _finish(spectrum.combine(spectrum.along(p) * factor), mask, finite, gram)
+    return finish(spectrum.combine(spectrum.along(p) * factor), mask, finite, gram)
 
 
-define(
-    "config_weights(Tensor gram, Tensor? active, Tensor? preference, float epsilon) -> Tensor",
-    fake=lambda gram, active, preference, epsilon: gram.new_empty(gram.shape[:-1]),
-    reference=config_weights,
-)
-define(
-    "imtl_g_weights(Tensor gram, Tensor? active, float epsilon) -> Tensor",
-    fake=lambda gram, active, epsilon: gram.new_empty(gram.shape[:-1]),
-    reference=imtl_g_weights,
-)
-define(
+define_weights("config_weights(Tensor gram, Tensor? active, Tensor? preference, float epsilon) -> Tensor", config_weights)
+define_weights("imtl_g_weights(Tensor gram, Tensor? active, float epsilon) -> Tensor", imtl_g_weights)
+define_weights(
     "aligned_mtl_weights(Tensor gram, Tensor? active, Tensor? preference, int scale, float epsilon) -> Tensor",
-    fake=lambda gram, active, preference, scale, epsilon: gram.new_empty(gram.shape[:-1]),
-    reference=aligned_mtl_weights,
+    aligned_mtl_weights,
 )

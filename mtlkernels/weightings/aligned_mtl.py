@@ -1,15 +1,13 @@
 """The gradients made orthogonal and of one length, and summed."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..solvers.spectral import SCALE_MODES, ScaleMode
 from .preference import PreferenceWeighting
 from .spectral import RANK_EPSILON, check_epsilon
-
-ScaleMode = Literal["min", "median", "rmse"]
 
 
 class AlignedMTL(PreferenceWeighting):
@@ -42,13 +40,13 @@ class AlignedMTL(PreferenceWeighting):
         epsilon: float = RANK_EPSILON,
     ) -> None:
         super().__init__(preference)
-        if scale_mode not in get_args(ScaleMode):
-            raise ValueError(f"scale_mode is {scale_mode!r}; pass one of {', '.join(map(repr, get_args(ScaleMode)))}.")
+        if scale_mode not in SCALE_MODES:
+            raise ValueError(f"scale_mode is {scale_mode!r}; pass one of {', '.join(map(repr, SCALE_MODES))}.")
         self.scale_mode = scale_mode
         self.epsilon = check_epsilon(epsilon)
 
     def weights(self, gram: Tensor, active: Tensor | None, losses: Tensor | None, seed: Tensor | None) -> Tensor:
-        scale = get_args(ScaleMode).index(self.scale_mode)
+        scale = SCALE_MODES.index(self.scale_mode)
         return torch.ops.mtlkernels.aligned_mtl_weights(gram, active, self.preference_for(gram), scale, self.epsilon)
 
     def extra_repr(self) -> str:

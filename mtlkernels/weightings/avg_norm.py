@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..solvers.common import EPSILON, finite_problems
 from .base import Weighting
-from .state import finite_problems
-
-EPSILON = torch.finfo(torch.float64).eps
 
 
 class AvgNorm(Weighting):

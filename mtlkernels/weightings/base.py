@@ -3,12 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import (  # noqa: F401  define the ops that the weightings call
-    _newton_solvers,
-    _quadratic_solvers,
-    _spectral_solvers,
-    solvers,
-)
+from .. import solvers  # noqa: F401  defines the ops that the weightings call
 from ..ops import check_gram
 
 

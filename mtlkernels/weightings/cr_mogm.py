@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from ..solvers.common import finite_problems
 from .base import Weighting
-from .state import StatefulWeighting, finite_problems
+from .state import StatefulWeighting
 
 
 class CRMOGM(StatefulWeighting):

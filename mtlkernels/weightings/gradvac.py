@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from .. import _gradvac  # noqa: F401  defines the op
 from .seeded import OrderedWeighting
 from .state import StatefulWeighting
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..solvers.common import finite_problems
 from .base import Weighting
-from .state import finite_problems
 
 
 class Krum(Weighting):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..solvers.common import finite_problems
 from .base import Weighting
-from .state import finite_problems
 
 
 class NGDiff(Weighting):

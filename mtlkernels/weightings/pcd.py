@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .state import StatefulWeighting, finite_problems
+from ..solvers.common import finite_problems
+from .state import StatefulWeighting
 
 
 class PCD(StatefulWeighting):

@@ -53,8 +53,3 @@ class StatefulWeighting(Weighting):
             if isinstance(saved, Tensor) and saved.shape != current.shape:
                 setattr(self, name, torch.empty_like(saved, device=current.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def finite_problems(gram: Tensor) -> Tensor:
-    """bool [...]: whether all of a Gram [..., K, K] is finite."""
-    return gram.isfinite().flatten(-2).all(-1)

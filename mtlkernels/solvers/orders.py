@@ -1,11 +1,25 @@
-"""The op of GradVac: schema, fake and reference. The kernel is csrc/common/kxk_gradvac.h."""
+"""PCGrad and GradVac, which take the tasks in an order. The kernels are in csrc/common: kxk.h and kxk_gradvac.h."""
 
 import torch
 from torch import Tensor
 
-from ._library import define
-from .random import random_orders
-from .solvers import EPSILON
+from .. import reference
+from .._library import define
+from ..random import random_orders
+from .common import EPSILON, define_weights, finite_problems
+
+
+def _orders(gram: Tensor, seed: Tensor) -> Tensor:
+    """int64 [..., K, K]: an order for every row of every problem."""
+    return random_orders(seed, gram.shape[:-2].numel(), gram.shape[-1]).view(gram.shape)
+
+
+def pcgrad_weights(gram: Tensor, seed: Tensor) -> Tensor:
+    """PCGrad (Yu et al. 2020, Algorithm 1) in random orders: :func:`mtlkernels.reference.projection_coefficients`, summed."""
+    return reference.projection_coefficients(gram, _orders(gram, seed)).sum(-2)
+
+
+define_weights("pcgrad_weights(Tensor gram, Tensor seed) -> Tensor", pcgrad_weights)
 
 
 def gradvac_weights(
@@ -31,8 +45,8 @@ def gradvac_weights(
     num_tasks = gram.shape[-1]
     if order is None:
         assert seed is not None
-        order = random_orders(seed, gram.shape[:-2].numel(), num_tasks).view(gram.shape)
-    finite = gram.isfinite().flatten(-2).all(-1)[..., None, None]
+        order = _orders(gram, seed)
+    finite = finite_problems(gram)[..., None, None]
     clean = torch.where(finite, gram, 0.0)
     norm = clean.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     tasks = torch.arange(num_tasks, device=gram.device)
