@@ -112,16 +112,24 @@ def test_batches_and_strides(backend, name, dtype):
     grams = torch.stack([gram_of(hard_gradients("common", 5, 7, seed)) for seed in range(6)]).to(dtype).view(2, 3, 5, 5)
     function = DIAGNOSTICS[name]
     together = function(grams)
+
+    def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+        # LAPACK may round a batch otherwise than a matrix: lambda_min by K eps lambda_max, which is K eps times the square of
+        # the condition number.
+        magnified = 5 * torch.finfo(dtype).eps * expected.square() if name == "condition_number" else 0.0
+        error = torch.where(actual == expected, 0.0, (actual - expected).abs())  # inf is inf
+        assert (error <= (tolerance(dtype) + magnified) * expected.abs()).all()
+
     for i in range(2):
         for j in range(3):
-            torch.testing.assert_close(together[i, j], function(grams[i, j]), rtol=tolerance(dtype), atol=0)
+            close(together[i, j], function(grams[i, j]))
     wide = torch.full((3, 2, 5, 11), math.nan, dtype=dtype)
     view = wide.transpose(0, 1)[..., 1::2]
     view.copy_(grams)
-    torch.testing.assert_close(function(view), together, rtol=tolerance(dtype), atol=0)
-    torch.testing.assert_close(function(grams.mT), together, rtol=tolerance(dtype), atol=0)
+    close(function(view), together)
+    close(function(grams.mT), together)
     expanded = grams[0, 0].expand(4, 5, 5)
-    torch.testing.assert_close(function(expanded)[3], together[0, 0], rtol=tolerance(dtype), atol=0)
+    close(function(expanded)[3], together[0, 0])
     assert function(grams[:0]).shape == together[:0].shape
 
 

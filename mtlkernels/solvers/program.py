@@ -55,7 +55,7 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
     stationary = torch.zeros_like(t, dtype=torch.bool)
 
     # More than problems take that combine scales of 1e20, rank deficiency, opposite gradients and c = 1.
-    for _ in range(6 * size + 16 if target is None else 8 * size + 384):
+    for _ in range(6 * size + 16 if target is None else 16 * size + 512):
         working = rounds < ROUNDS
         if device.type == "cpu" and not working.any():
             break
