@@ -36,11 +36,7 @@ BELOW_BAR = [
     (r"gram_tensor_core<double,64>", "A100 H200", FEW_WARPS),
     (r"gram_tensor_core<(BFloat16|__half),64>", "B200", FEW_WARPS),
     (r"gram_channels<(BFloat16|__half),64>", "H100 H200", FEW_WARPS),
-    (r"gram_channels<(BFloat16|__half),4>", "H200", FEW_WARPS),
-    (r"gram_channels<.*>", "B200", FEW_WARPS),
-    (r"gram_chunks<(BFloat16|double),4>", "H200", FEW_WARPS),
-    (r"gram_chunks<(BFloat16|__half),[34]>", "B200", FEW_WARPS),
-    (r"gram_chunks<double,4>", "B200", FEW_WARPS),
+    (r"gram_channels<((BFloat16|__half|double),8|.*,64)>", "B200", FEW_WARPS),
     (r"mix<(BFloat16|__half)>", "B200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""

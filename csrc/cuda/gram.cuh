@@ -86,10 +86,15 @@ __device__ __forceinline__ void mend_products(const TensorTable& table, const Ch
       if (row(i) && row(j)) product_in_float64(row(i), row(j), chunk.begin, chunk.end, scratch, products + pair_index(R, i, j));
 }
 
+/// Blocks of a multiprocessor, so that enough bytes are under way.
+template <int K>
+constexpr int kGramBlocks = K == 8 ? 2 : 4;
+
 /// partials[block][pair] = products of one chunk. K is the class of the number of rows, 1, 2, 3, 4 or 8: rows past
 /// table.num_pointers, and null rows, count as zero and are not read. One block per chunk of kDeviceChunk elements.
 template <typename T, int K>
-__global__ void __launch_bounds__(kGramThreads, 2) gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
+__global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
+    gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
   constexpr int pairs = num_pairs(K);
   __shared__ double scratch[pairs * (kGramThreads / kWarpSize)];
   __shared__ double products[pairs];

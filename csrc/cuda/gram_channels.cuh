@@ -85,10 +85,11 @@ struct ChannelRows {
       aligned &= is_aligned(rows[k]);
     }
   }
-  __device__ void load(int64_t e, Packed<T> (&packed)[K]) const {
+  /// Vectors at e, where that is before `end`.
+  __device__ void load(int64_t e, int64_t end, Packed<T> (&packed)[K]) const {
 #pragma unroll
     for (int k = 0; k < K; ++k)
-      if (rows[k]) packed[k] = load_packed(rows[k] + e);
+      if (rows[k] && e < end) packed[k] = load_packed(rows[k] + e);
   }
   __device__ void load(int64_t e, Sum<T> (&value)[K][1]) const {
 #pragma unroll
@@ -104,6 +105,7 @@ constexpr int64_t kSegment = 16 * kWarpSize * kLanes<T>;
 template <typename T, int K>
 __device__ inline uint64_t pairs_within(const ChannelArguments& arguments, int first, int64_t channel) {
   constexpr int pairs = num_pairs(K), most = (pairs + kWarpSize - 1) / kWarpSize;
+  constexpr int64_t step = kWarpSize * kLanes<T>;
   const ChannelRows<T, K> group(arguments, first, channel);
   const int64_t rest = arguments.rest(), vectors_end = group.aligned ? rest / kLanes<T> * kLanes<T> : 0;
   const int lane = threadIdx.x % kWarpSize;
@@ -112,12 +114,15 @@ __device__ inline uint64_t pairs_within(const ChannelArguments& arguments, int f
 #pragma unroll 1
   for (int64_t segment = 0; segment < rest; segment += kSegment<T>) {
     const int64_t end = segment + kSegment<T> < rest ? segment + kSegment<T> : rest;
+    const int64_t packed_end = end < vectors_end ? end : vectors_end;
     Sum<T> sums[pairs] = {};
 #pragma unroll 1
-    for (int64_t e = segment + lane * kLanes<T>; e < (end < vectors_end ? end : vectors_end); e += kWarpSize * kLanes<T>) {
-      Packed<T> packed[K];
-      group.load(e, packed);
-      add_products<T, K>(packed, sums);
+    for (int64_t e = segment + lane * kLanes<T>; e < packed_end; e += kBatch<K> * step) {
+      Packed<T> packed[kBatch<K>][K];
+#pragma unroll
+      for (int b = 0; b < kBatch<K>; ++b) group.load(e + b * step, packed_end, packed[b]);
+#pragma unroll
+      for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(packed[b], sums);
     }
 #pragma unroll 1
     for (int64_t e = (segment > vectors_end ? segment : vectors_end) + lane; e < end; e += kWarpSize) {
@@ -177,9 +182,16 @@ __device__ inline void pairs_between(const ChannelArguments& arguments, int firs
     if (s < held) arguments.store(channel, first + (begin + s) / K, second + (begin + s) % K, totals[s]);
 }
 
+/// Blocks of a multiprocessor, so that enough bytes are under way.
+template <int K>
+constexpr int kChannelBlocks = K == 2   ? 8
+                               : K == 4 ? 6
+                               : K == 8 ? 3
+                                        : 1;
+
 /// K = 2, 4 or 8 at least as many as rows, or 64 for any number of rows.
 template <typename T, int K>
-__global__ void __launch_bounds__(kChannelWarps* kWarpSize, K <= 8 ? 3 : 1)
+__global__ void __launch_bounds__(kChannelWarps* kWarpSize, kChannelBlocks<K>)
     gram_channels(const __grid_constant__ TensorTable table, int32_t num_other) {
   constexpr int group = K <= 8 ? K : sizeof(T) == 8 ? 4 : 8;
   const Chunk chunk = find_chunk(table, blockIdx.x, kChannelsOfBlock);
