@@ -1,11 +1,12 @@
 """Task gradients to one update direction in a call: Gram, weights, combination."""
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .ops import Gradients, combine, gram
+from .granularity import KINDS, Granularity, Problems, groups_of
+from .ops import Gradients, as_rows
+from .reference import like
 from .weightings import Weighting, as_weighting
 
 
@@ -14,18 +15,20 @@ def aggregate(
     weighting: str | Weighting,
     out: Sequence[Tensor | None] | None = None,
     *,
-    per: Literal["model", "tensor"] = "model",
+    per: Granularity | Mapping[str, Sequence[int]] = "model",
     losses: Tensor | None = None,
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
-    Two reads of the gradients and one write of the result; nothing returns to the host.
+    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host.
 
     Args:
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.
         weighting: a :class:`Weighting`, or its registry string.
         out: N buffers for the result, as in :func:`mtlkernels.combine`.
-        per: one problem for the whole ``"model"``, or an independent one for each ``"tensor"``.
+        per: one problem for the whole ``"model"``, or an independent one for each ``"tensor"``, for each ``"channel"`` (row of a
+            tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form one
+            more, the last.
         losses: [K], for weightings that read them.
 
     Returns:
@@ -34,6 +37,12 @@ def aggregate(
     Raises:
         ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, or ``per``.
     """
-    if per not in ("model", "tensor"):
-        raise ValueError(f'per is {per!r}; pass "model" or "tensor".')
-    return combine(grads, as_weighting(weighting)(cast(Tensor, gram(grads, per=per)), losses=losses), out)
+    rows = as_rows(grads, "grads")
+    models = [like(column) for column in zip(*rows, strict=True)]
+    if isinstance(per, Mapping):
+        problems = Problems(groups_of(per, len(models)), models)
+    elif per in KINDS:
+        problems = Problems(per, models)
+    else:
+        raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
+    return problems.combine(rows, as_weighting(weighting)(problems.gram(rows), losses=losses), out)

@@ -89,6 +89,26 @@ def check_weights(weights: Tensor, num_tasks: int, num_tensors: int) -> None:
         )
 
 
+def check_channel_weights(weights: Sequence[Tensor | None], grads: TaskGradients, channels: Sequence[int]) -> None:
+    """Raises a ``ValueError`` unless ``weights`` is a floating-point [C_n, K] for each tensor; ``channels`` are the C_n.
+
+    Of a tensor that no task has a gradient of (``channels`` says 0 or more, whatever they are) the weights are not looked at.
+    """
+    num_tasks, num_tensors = len(grads), len(channels)
+    if len(weights) != num_tensors:
+        raise ValueError(f"weights lists {len(weights)} tensors, grads list {num_tensors}; pass [C_n, {num_tasks}] for each.")
+    for n, (own, count, column) in enumerate(zip(weights, channels, zip(*grads, strict=True), strict=True)):
+        if all(row is None for row in column):
+            continue
+        if own is None:
+            raise ValueError(f"weights[{n}] is None; tensor {n} has gradients and takes [{count}, {num_tasks}].")
+        check_floating(own, f"weights[{n}]")
+        if own.shape != (count, num_tasks):
+            raise ValueError(
+                f"weights[{n}] has shape {tuple(own.shape)}; {count} channels and {num_tasks} tasks take [{count}, {num_tasks}]."
+            )
+
+
 def check_floating(tensor: Tensor, argument: str) -> None:
     """Raises a ``ValueError`` unless ``tensor`` is a floating-point tensor."""
     if not isinstance(tensor, Tensor):

@@ -15,6 +15,7 @@ from ._library import define
 from .checks import (
     TaskGradients,
     check_buffers,
+    check_channel_weights,
     check_fit,
     check_floating,
     check_gradients,
@@ -138,13 +139,13 @@ def gram(grads: Gradients, other: Gradients | None = None, *, per: Granularity =
     """
     if per not in ("model", "tensor", "channel"):
         raise ValueError(f'per is {per!r}; pass "model", "tensor" or "channel".')
-    rows = _rows(grads, "grads")
+    rows = as_rows(grads, "grads")
     if other is None:
         flat = [t for row in rows for t in row]
         result = _call(torch.ops.mtlkernels.gram.default, "gram", lambda: check_gradients(rows), flat, len(rows), per)
         columns = rows
     else:
-        against = _rows(other, "other")
+        against = as_rows(other, "other")
         columns = [*rows, *against]
         names = [*(f"grads[{k}]" for k in range(len(rows))), *(f"other[{k}]" for k in range(len(against)))]
         check_lengths(columns, names=names)
@@ -156,10 +157,13 @@ def gram(grads: Gradients, other: Gradients | None = None, *, per: Granularity =
 
         op = torch.ops.mtlkernels.cross_gram.default
         result = _call(op, "gram", check, flat, flat_other, len(rows), len(against), per)
-    if per != "channel":
-        return cast(Tensor, result)
-    models = [reference.like(column) for column in zip(*columns, strict=True)]
-    parts = iter(result.split([reference.num_channels(m) for m in models if m is not None]))
+    return result if per != "channel" else split_channels(cast(Tensor, result), columns)
+
+
+def split_channels(stacked: Tensor, rows: TaskGradients) -> list[Tensor | None]:
+    """A tensor [sum of the tensors' channels, ...] as N of [C_n, ...], None where no task has a gradient."""
+    models = [reference.like(column) for column in zip(*rows, strict=True)]
+    parts = iter(stacked.split([reference.num_channels(m) for m in models if m is not None]))
     return [None if m is None else next(parts) for m in models]
 
 
@@ -259,14 +263,74 @@ define(
 )
 
 
-def combine(grads: Gradients, weights: Tensor, out: Sequence[Tensor | None] | None = None) -> list[Tensor | None]:
+def _combine_channels_fake(flat: Flat, weights: Tensor) -> list[Tensor]:
+    results = _combine_fake(flat, weights)
+    _check_rows(results, weights)
+    return results
+
+
+def _check_rows(models: Sequence[Tensor], weights: Tensor) -> None:
+    count = sum(map(reference.num_channels, models))
+    if weights.dim() != 2 or weights.shape[0] != count:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; {count} channels take [{count}, K].")
+
+
+def _combine_channels_reference(flat: Flat, weights: Tensor) -> list[Tensor]:
+    return cast(list[Tensor], reference.combine_channels(_nest(flat, weights.shape[-1]), weights))
+
+
+def _combine_channels_autograd(flat: Flat, weights: Tensor) -> list[Tensor]:
+    """Where a gradient is asked for, in torch ops that have their own."""
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in [weights, *flat])):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mtlkernels.combine_channels(flat, weights)
+    columns = _columns(flat, weights.shape[-1])
+    models = [cast(Tensor, reference.like(column)) for column in columns]
+    _check_rows(models, weights)
+    results = []
+    for column, model, own in zip(columns, models, weights.split(list(map(reference.num_channels, models))), strict=True):
+        pairs = zip(column, reference.by_channel(own, model), strict=True)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        terms = [torch.where(weight == 0, 0.0, weight.to(wide) * row.to(wide)) for row, weight in pairs if row is not None]
+        results.append(torch.stack(terms).sum(0).to(model.dtype))
+    return results
+
+
+def _combine_channels_inplace_fake(out: Sequence[Tensor], flat: Flat, weights: Tensor) -> None:
+    _combine_inplace_fake(out, flat, weights)
+    _check_rows(out, weights)
+
+
+def _combine_channels_inplace_reference(out: Sequence[Tensor], flat: Flat, weights: Tensor) -> None:
+    check_buffers(out, _columns(flat, weights.shape[-1]))
+    for buffer, value in zip(out, _combine_channels_reference(flat, weights), strict=True):
+        buffer.copy_(value)
+
+
+define(
+    "combine_channels(Tensor?[] grads, Tensor weights) -> Tensor[]",
+    fake=_combine_channels_fake,
+    reference=_combine_channels_reference,
+    autograd=_combine_channels_autograd,
+)
+define(
+    "combine_channels_(Tensor(a!)[] out, Tensor?[] grads, Tensor weights) -> ()",
+    fake=_combine_channels_inplace_fake,
+    reference=_combine_channels_inplace_reference,
+)
+
+
+def combine(
+    grads: Gradients, weights: Tensor | Sequence[Tensor | None], out: Sequence[Tensor | None] | None = None
+) -> list[Tensor | None]:
     """Weighted sum of task gradients in one read, out[n] = sum_k weights[k] * grads[k][n].
 
     Differentiable in the gradients and the weights when ``out`` is not given. A row whose weight is exactly 0 is not read.
 
     Args:
         grads: as in :func:`gram`.
-        weights: [K], or [N, K] for one set per tensor, on the gradients' device.
+        weights: [K], or [N, K] for one set per tensor, on the gradients' device. Or a list of N tensors [C_n, K], one set per
+            channel as ``gram(grads, per="channel")`` has them; None where every task is.
         out: N buffers of the gradients' shapes and dtypes, written in place. A buffer may be one of its own tensor's
             gradients (the first non-None row needs no memory at all); other overlaps cost one temporary copy.
 
@@ -276,25 +340,45 @@ def combine(grads: Gradients, weights: Tensor, out: Sequence[Tensor | None] | No
     Raises:
         ValueError: as in :func:`gram`, a wrong weight shape, or buffers that do not fit.
     """
-    rows = _rows(grads, "grads")
+    rows = as_rows(grads, "grads")
+    if not isinstance(weights, (list, tuple)):
+        return combine_rows(rows, cast(Tensor, weights), out)
+    models = [reference.like(column) for column in zip(*rows, strict=True)]
+    check_channel_weights(weights, rows, [0 if model is None else reference.num_channels(model) for model in models])
+    kept = [cast(Tensor, own) for own, model in zip(weights, models, strict=True) if model is not None]
+    return combine_rows(rows, torch.cat(kept) if kept else torch.zeros(0, len(rows)), out, per_channel=True)
+
+
+def combine_rows(
+    rows: Sequence[Sequence[Tensor | None]],
+    weights: Tensor,
+    out: Sequence[Tensor | None] | None = None,
+    per_channel: bool = False,
+) -> list[Tensor | None]:
+    """:func:`combine` on K lists of N tensors; ``per_channel``: weights [sum of the tensors' channels, K]."""
     num_tensors = len(rows[0]) if rows else 0
     keep = [n for n in range(num_tensors) if any(row[n] is not None for row in rows)]
     flat = [row[n] for row in rows for n in keep]
 
     def check() -> None:
         check_gradients(rows)
-        check_weights(weights, len(rows), num_tensors)
+        if not per_channel:
+            check_weights(weights, len(rows), num_tensors)
         _check_device(flat, weights, "weights")
         if out is not None:
             check_buffers(out, zip(*rows, strict=True))
 
-    if not isinstance(weights, Tensor) or weights.shape != (len(rows),):
+    if not per_channel and (not isinstance(weights, Tensor) or weights.shape != (len(rows),)):
         check_weights(weights, len(rows), num_tensors)
         weights = weights if len(keep) == num_tensors else weights[keep]
     if weights.dtype in (torch.bfloat16, torch.float16):
         weights = weights.float()
+    ops = torch.ops.mtlkernels
     if out is None:
-        values = _call(torch.ops.mtlkernels.combine.default, "combine", check, flat, weights, autograd=_combine_autograd)
+        op, autograd = (
+            (ops.combine_channels.default, _combine_channels_autograd) if per_channel else (ops.combine.default, _combine_autograd)
+        )
+        values = _call(op, "combine", check, flat, weights, autograd=autograd)
         result: list[Tensor | None] = [None] * num_tensors
         for n, value in zip(keep, values, strict=True):
             result[n] = value
@@ -303,7 +387,8 @@ def combine(grads: Gradients, weights: Tensor, out: Sequence[Tensor | None] | No
         check()
     buffers = [cast(Tensor, out[n]) for n in keep]
     if keep:
-        _call(torch.ops.mtlkernels.combine_.default, "combine", check, buffers, flat, weights)
+        inplace = ops.combine_channels_.default if per_channel else ops.combine_.default
+        _call(inplace, "combine", check, buffers, flat, weights)
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(buffers)
     return [buffer if n in set(keep) else None for n, buffer in enumerate(out)] if len(keep) < num_tensors else list(out)
@@ -341,7 +426,7 @@ def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     Raises:
         ValueError: as in :func:`gram`, or a wrong shape of ``coefficients``.
     """
-    rows = _rows(grads, "grads")
+    rows = as_rows(grads, "grads")
     check_floating(coefficients, "coefficients")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(rows):
         raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}; {len(rows)} tasks take [M, {len(rows)}].")
@@ -387,7 +472,7 @@ def project(
     Raises:
         ValueError: as in :func:`gram`, or ``onto`` out of range.
     """
-    rows = _rows(grads, "grads")
+    rows = as_rows(grads, "grads")
     num_tasks = len(rows)
     names: list[str] | None = None
     if onto is None:
@@ -464,7 +549,8 @@ def check_gram(gram: Tensor, argument: str = "gram") -> None:
 # --- calling ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
+def as_rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
+    """K lists of N tensors; a ``ValueError`` for anything else."""
     try:
         rows: list[Sequence[Tensor | None]] = [[row] if isinstance(row, Tensor) else list(row) for row in grads]
     except TypeError:

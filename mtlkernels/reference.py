@@ -97,6 +97,28 @@ def combine(grads: TaskGradients, weights: Tensor) -> list[Tensor | None]:
     ]
 
 
+def combine_channels(grads: TaskGradients, weights: Tensor) -> list[Tensor | None]:
+    """:func:`combine` with weights for each channel (row of a tensor viewed as [out, rest]): [sum of the tensors' channels, K].
+
+    Tensors where every task is None have no channels.
+    """
+    check_gradients(grads)
+    columns = list(zip(*grads, strict=True))
+    models = [like(column) for column in columns]
+    sizes = [0 if model is None else num_channels(model) for model in models]
+    if weights.shape != (sum(sizes), len(grads)):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; the channels take {(sum(sizes), len(grads))}.")
+    return [
+        None if model is None else _combine_column(column, by_channel(own, model))
+        for column, model, own in zip(columns, models, weights.double().split(sizes), strict=True)
+    ]
+
+
+def by_channel(weights: Tensor, model: Tensor) -> Tensor:
+    """Weights [C, K] of a tensor's channels as [K, C, 1, ...], which broadcast with the tensor; [K] for a scalar."""
+    return weights.T.reshape(weights.shape[1], *model.shape[:1], *[1] * (model.dim() - 1))
+
+
 def mix(grads: TaskGradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     """M weighted sums of the K task gradients at once, out[m][n] = sum_k coefficients[m, k] * grads[k][n].
 

@@ -17,6 +17,8 @@ OPS = {
     "cross_gram",
     "combine",
     "combine_",
+    "combine_channels",
+    "combine_channels_",
     "mix",
     "cosine",
     "magnitude_similarity",
@@ -27,6 +29,7 @@ OPS = {
     "mgda_weights",
     "cagrad_weights",
     "config_weights",
+    "conicgrad_weights",
     "imtl_g_weights",
     "aligned_mtl_weights",
     "fairgrad_weights",
@@ -35,7 +38,7 @@ OPS = {
     "pcd_weights",
     "upgrad_weights",
 }
-COMPILED = {"gram", "cross_gram", "combine", "combine_", "mix"}
+COMPILED = {"gram", "cross_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix"}
 
 
 def undefined_symbols(library: str) -> set[str]:

@@ -107,27 +107,30 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
   return result;
 }
 
-int64_t last_size(const Tensor& weights) {
-  require(weights.dim() == 1 || weights.dim() == 2, "weights is neither [K] nor [N, K]");
-  return weights.size(weights.dim() - 1);
+Per per_of(const Tensor& weights, bool per_channel) {
+  require(weights.dim() == 2 || (weights.dim() == 1 && !per_channel), "weights has the wrong number of dimensions");
+  return per_channel ? Per::channel : weights.dim() == 2 ? Per::tensor : Per::result;
 }
 
 }  // namespace
 
-std::vector<Tensor> combine(const TensorList& grads, const Tensor& weights, RunCombine run) {
-  const int64_t num_tasks = last_size(weights);
+std::vector<Tensor> combine(const TensorList& grads, const Tensor& weights, bool per_channel, RunCombine run) {
+  const Per per = per_of(weights, per_channel);
+  const int64_t num_tasks = weights.size(-1);
   std::vector<Tensor> out = new_results(grads, num_tasks, 1);
-  run(grads, num_tasks, weights, weights.dim() == 2, out, 1);
+  run(grads, num_tasks, weights, per, out, 1);
   return out;
 }
 
-void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const Tensor& weights, RunCombine run) {
-  const int64_t num_tasks = last_size(weights), num_columns = int64_t(out.size());
+void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const Tensor& weights, bool per_channel,
+                  RunCombine run) {
+  const Per per = per_of(weights, per_channel);
+  const int64_t num_tasks = weights.size(-1), num_columns = int64_t(out.size());
   require(num_tasks > 0 && int64_t(grads.size()) == num_tasks * num_columns, "out has the wrong number of tensors");
   std::vector<Tensor> targets = out;
   const std::vector<int64_t> aside = entangled(out, grads, num_tasks);
   for (int64_t n : aside) targets[n] = torch::stable::empty_like(out[n]);
-  run(grads, num_tasks, weights, weights.dim() == 2, targets, 1);
+  run(grads, num_tasks, weights, per, targets, 1);
   for (int64_t n : aside) {
     Tensor target = out[n];
     torch::stable::copy_(target, targets[n]);
@@ -138,7 +141,7 @@ std::vector<Tensor> mix(const TensorList& grads, const Tensor& coefficients, Run
   require(coefficients.dim() == 2, "coefficients is not [M, K]");
   const int64_t num_out = coefficients.size(0), num_tasks = coefficients.size(1);
   std::vector<Tensor> out = new_results(grads, num_tasks, num_out);
-  run(grads, num_tasks, coefficients, false, out, num_out);
+  run(grads, num_tasks, coefficients, Per::result, out, num_out);
   return out;
 }
 

@@ -1,17 +1,23 @@
 #pragma once
-// combine, combine_ and mix, as far as they are the same on every device.
+// combine, combine_channels, both in place, and mix, as far as they are the same on every device.
 
 #include "columns.h"
 
 namespace mtlkernels {
 
-/// A device's part: out[m][n] = sum_k weights[n][m][k] * grads[k][n]. `weights` is [num_out, num_tasks], or with `per_tensor`
-/// [N, num_tasks] and num_out is 1. An output may be one of its own column's gradients when num_out is 1.
-using RunCombine = void (*)(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool per_tensor,
+/// What a row of weights is for.
+enum class Per { result, tensor, channel };
+
+/// A device's part: out[m][n] = sum_k weights[m][k] * grads[k][n], `weights` [num_out, num_tasks]. Or num_out is 1 and there is
+/// a row of weights for each tensor, or for each channel of all tensors (rows of a tensor viewed as [channels, rest]). An
+/// output may be one of its own column's gradients when num_out is 1.
+using RunCombine = void (*)(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per per,
                             std::vector<Tensor>& out, int64_t num_out);
 
-std::vector<Tensor> combine(const TensorList& grads, const Tensor& weights, RunCombine run);
-void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const Tensor& weights, RunCombine run);
+/// With weights [num_tasks] or [N, num_tasks], or `per_channel` [sum of channels, num_tasks].
+std::vector<Tensor> combine(const TensorList& grads, const Tensor& weights, bool per_channel, RunCombine run);
+void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const Tensor& weights, bool per_channel,
+                  RunCombine run);
 std::vector<Tensor> mix(const TensorList& grads, const Tensor& coefficients, RunCombine run);
 
 }  // namespace mtlkernels

@@ -96,6 +96,9 @@ struct WeightOps {
   static Tensor cagrad(const Tensor& gram, const Optional& active, double c) {
     return run(Solver::cagrad, gram, active, c, {});
   }
+  static Tensor conicgrad(const Tensor& gram, const Optional& active, double c) {
+    return run(Solver::conicgrad, gram, active, c, {});
+  }
   static Tensor upgrad(const Tensor& gram, const Optional& active, const Optional& preference) {
     return run(Solver::upgrad, gram, active, 0.0, preference);
   }
@@ -125,6 +128,7 @@ struct WeightOps {
   static void add_to(Library& m) {
     m.impl("mgda_weights", TORCH_BOX(&mgda));
     m.impl("cagrad_weights", TORCH_BOX(&cagrad));
+    m.impl("conicgrad_weights", TORCH_BOX(&conicgrad));
     m.impl("upgrad_weights", TORCH_BOX(&upgrad));
     m.impl("dualproj_weights", TORCH_BOX(&dualproj));
     m.impl("pcd_weights", TORCH_BOX(&pcd));

@@ -11,12 +11,8 @@ namespace mtlkernels {
 /// before, by the threads that own its elements.
 template <class Team>
 MTL_HOST_DEVICE void minimise(QuadraticProgram<Team>& program) {
-  for_owned(program.team, 0, program.size, [&](int i) {
-    program.slope[i] = program.solution[i] = program.centre[i] = 0.0;
-    program.order[i] = i;
-  });
-  program.count = 0;
-  program.team.sync();
+  for_owned(program.team, 0, program.size, [&](int i) { program.slope[i] = 0.0; });
+  program.restart();
   for (int round = 0; round < kRounds; ++round) {
     program.solve(0.0);
     program.recentre();

@@ -27,6 +27,12 @@ MTL_HOST_DEVICE void ridged_cosines(const Team& team, const double* gram, int si
   });
 }
 
+/// Sums over a solution u at t: slope' u, offset' u, the sizes of what the latter adds up, and the derivatives of both in t.
+/// u' R u = t gain - along.
+struct Path {
+  double t, gain, along, along_terms, gain_rate, along_rate;
+};
+
 /// min_{u >= 0} u' R u / 2 - right(t)' u with right(t) = t slope - offset and R positive semidefinite with unit diagonal.
 ///
 /// R is solved with a ridge of 64 K eps on its diagonal, which exceeds the rounding error of a Gram and its factor, so that
@@ -75,10 +81,16 @@ struct QuadraticProgram {
         rejected(order + size),
         count(0) {
     ridged_cosines(team, gram, size, ridge, matrix, norm, scratch);
+    restart();
+  }
+
+  /// Forgets the solution.
+  MTL_HOST_DEVICE void restart() {
     for_owned(team, 0, size, [&](int i) {
       solution[i] = centre[i] = 0.0;
       order[i] = i;
     });
+    count = 0;
     team.sync();
   }
 
@@ -217,14 +229,7 @@ struct QuadraticProgram {
     }
   }
 
-  /// u' right(t) at the solution for t: u' R u, but for what the ridge changes.
-  MTL_HOST_DEVICE double square(double t) const {
-    double sum = 0.0;
-    for (int p = 0; p < count; ++p) sum += solution[order[p]] * right(order[p], t);
-    return sum;
-  }
-
-  /// Whether the ridge shows in u' M u = target: then M u is 0 to the precision of the Gram.
+  /// Whether the ridge shows in u' M u or whatever else is of the size `target`: then M u is 0 to the precision of the Gram.
   MTL_HOST_DEVICE bool negligible(double target) const {
     double sum = 0.0;
     for (int i = 0; i < size; ++i) sum += solution[i] * solution[i];
@@ -247,40 +252,52 @@ struct QuadraticProgram {
     return best;
   }
 
-  /// Solves for the t where `square` reaches `target`, beginning at t and above `low`; returns that t. The square grows with t
-  /// and is piecewise quadratic: each step solves the current piece exactly, within a bracket that is halved every fourth
-  /// step. With `stop_early` it gives up where the result will be negligible.
-  MTL_HOST_DEVICE double reach(double target, double t, double low, bool stop_early) {
-    double high = INFINITY;
+  /// Sums over the solution u at t: what `reach` knows of it.
+  MTL_HOST_DEVICE Path path(double t) const {
+    Path sums{t, 0.0, 0.0, 0.0, 0.0, 0.0};
+    for (int p = 0; p < count; ++p) {
+      const int i = order[p];
+      sums.gain += solution[i] * slope[i];
+      sums.along += solution[i] * offset[i];
+      sums.along_terms += solution[i] * std::fabs(offset[i]);
+    }
+    return sums;
+  }
+
+  /// Solves for the t where the solution reaches the boundary of a region, beginning at t and above `start`; returns that t.
+  /// What is missing to the boundary falls as t grows, and is piecewise quadratic: each step solves the current piece exactly,
+  /// within a bracket that is halved every fourth step. With `stop_early` it gives up where the result will be negligible.
+  template <class Region>
+  MTL_HOST_DEVICE double reach(const Region& region, double t, double start, bool stop_early) {
+    double low = start, high = INFINITY;
     const int max_steps = 400;
     for (int step = 0; step < max_steps; ++step) {
       solve(t);
-      const double missing = target - square(t);
-      double rounding = target;
-      for (int p = 0; p < count; ++p)
-        rounding += solution[order[p]] * (std::fabs(t * slope[order[p]]) + std::fabs(offset[order[p]]));
-      if (std::fabs(missing) <= 4 * DBL_EPSILON * rounding || (stop_early && missing > 0.0 && negligible(target))) break;
+      Path sums = path(t);
+      const double missing = region.missing(sums);
+      if (std::fabs(missing) <= 4 * DBL_EPSILON * region.terms(sums)) break;
+      if (stop_early && missing > 0.0 && negligible(region.square(sums))) break;
       (missing > 0.0 ? low : high) = t;
-      double next = crossing(t, missing);
-      if (!(next > low && next < high) || (step % 4 == 3 && high < INFINITY)) next = low + (high - low) / 2;
+      differentiate(sums);
+      const double first = region.first(sums), second = region.second(sums);
+      double next = t + missing / (first + std::sqrt(std::fmax(first * first + second * missing, 0.0)));
+      const double halved = high < INFINITY ? low + (high - low) / 2 : t + (t - start);
+      if (!(next > low && next < high) || (step % 4 == 3 && high < INFINITY)) next = halved;
       if (next <= low || next >= high) break;
       t = next;
     }
     return t;
   }
 
-  /// Where `square` changes by `missing` if the positive set stays as it is; NaN where u is zero.
-  MTL_HOST_DEVICE double crossing(double t, double missing) {
+  /// The derivatives in t if the positive set stays as it is.
+  MTL_HOST_DEVICE void differentiate(Path& sums) {
     for_owned(team, 0, count, [&](int p) { rate[p] = slope[order[p]]; });
     team.sync();
     substitute(rate);
-    double first = 0.0, second = 0.0;
     for (int p = 0; p < count; ++p) {
-      first += solution[order[p]] * slope[order[p]];
-      second += rate[p] * slope[order[p]];
+      sums.gain_rate += rate[p] * slope[order[p]];
+      sums.along_rate += rate[p] * offset[order[p]];
     }
-    const double root = std::sqrt(std::fmax(first * first + second * missing, 0.0));
-    return t + missing / (first + root);
   }
 };
 
@@ -324,80 +341,6 @@ MTL_HOST_DEVICE void mgda_weights(const Team& team, const double* gram, int size
   team.sync();
   for (int i = 0; i < size; ++i) total += shares[i];
   for_owned(team, 0, size, [&](int i) { weights[i] = shares[i] / total; });
-  team.sync();
-}
-
-/// CAGrad (Liu et al. 2021, Algorithm 1): 1 / K + c |g_0| / |g_w| w with g_0 the mean gradient and w on the simplex minimising
-/// <g_w, g_0> + c |g_0| |g_w|. All 0 where g_0 or the minimising g_w is 0 to the precision of G
-/// (a Pareto-stationary point), all NaN where G is not finite.
-/// Guarantee: with d the update, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every i, d_j its weights. Not kept for c
-/// within 1e-12 of 1 where g_w opposes g_0 exactly: the two parts of the update then cancel, and what is left is rounding.
-///
-/// With v = c |g_0| / |g_w| w and u_i = n_i v_i / |g_0|, optimality reads R u + b - t / n >= 0, complementary to u >= 0, and
-/// u' R u = c^2, where R are the cosines and b_i = cos(g_i, g_0). A zero gradient keeps t from becoming positive.
-template <class Team>
-MTL_HOST_DEVICE void cagrad_weights(const Team& team, const double* gram, int size, double c, double* doubles, int* integers,
-                                    double* weights) {
-  if (!all_finite(team, gram, size * size)) return fill(team, weights, size, NAN);
-  QuadraticProgram<Team> program(team, gram, size, doubles, integers);
-  const double *norm = program.norm, *matrix = program.matrix, *solution = program.solution;
-  double *relative = program.trial, *products = program.scratch;
-  double smallest = INFINITY, largest = 0.0, mean_square = 0.0, mean_norm = 0.0;
-  for (int i = 0; i < size; ++i) {
-    largest = std::fmax(largest, norm[i]);
-    if (norm[i] > 0.0) smallest = std::fmin(smallest, norm[i]);
-  }
-  for_owned(team, 0, size, [&](int i) { relative[i] = norm[i] / largest; });  // so that nothing overflows
-  team.sync();
-  for_owned(team, 0, size, [&](int i) {
-    double inner = 0.0;
-    for (int j = 0; j < size; ++j) inner += (i == j ? 1.0 : matrix[i * program.stride + j]) * relative[j];
-    program.offset[i] = norm[i] > 0.0 ? inner / size : 0.0;  // <g_i, g_0> / n_i
-  });
-  team.sync();
-  bool any_zero = false;
-  for (int i = 0; i < size; ++i) {
-    mean_square += program.offset[i] * relative[i];
-    mean_norm += relative[i];
-    any_zero = any_zero || norm[i] == 0.0;
-  }
-  mean_square /= size;
-  mean_norm /= size;
-  if (!(mean_square > 8 * DBL_EPSILON * mean_norm * mean_norm)) return fill(team, weights, size, 0.0);  // less is rounding
-  if (c <= 64 * DBL_EPSILON) return fill(team, weights, size, 1.0 / size);  // the ball is no larger than the rounding of g_0
-  const double mean = std::sqrt(mean_square), target = c * c;
-  team.sync();
-  for_owned(team, 0, size, [&](int i) {
-    program.offset[i] /= mean;
-    program.slope[i] = norm[i] > 0.0 ? smallest / norm[i] : 0.0;
-  });
-  team.sync();
-  const int first = program.first();
-  const double start = program.offset[first] / program.slope[first];  // u is zero up to it
-  double t = (program.offset[first] + c) / program.slope[first];      // exact while the first index is alone
-  for (int round = 0; round < kRounds; ++round) {
-    t = program.reach(target, t, start, round == 0);
-    const bool stationary = (round == 0 && program.negligible(target)) || (any_zero && t >= 0.0);
-    if (stationary) return fill(team, weights, size, 0.0);
-    program.recentre();
-  }
-  double square, total = 0.0;  // u' R u as it stands rounds by eps (sum u)^2, through t by eps sum u
-  for (int i = 0; i < size; ++i) total += solution[i];
-  if (total > 1.0) {
-    square = program.square(t);
-  } else {
-    for_owned(team, 0, size, [&](int i) {
-      double inner = 0.0;
-      for (int j = 0; j < size; ++j) inner += (i == j ? 1.0 : matrix[i * program.stride + j]) * solution[j];
-      products[i] = solution[i] * inner;
-    });
-    team.sync();
-    square = 0.0;
-    for (int i = 0; i < size; ++i) square += products[i];
-  }
-  const double scale = c * mean / std::sqrt(square);
-  for_owned(team, 0, size,
-            [&](int i) { weights[i] = 1.0 / size + (norm[i] > 0.0 ? scale * solution[i] * (largest / norm[i]) : 0.0); });
   team.sync();
 }
 

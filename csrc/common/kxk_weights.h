@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "kxk_around_mean.h"
 #include "kxk_newton.h"
 #include "kxk_quadratic.h"
 #include "kxk_solvers.h"
@@ -22,10 +23,11 @@ enum class Solver : int {
   upgrad,
   dualproj,
   pcd,
-  fairgrad
+  fairgrad,
+  conicgrad
 };
 
-constexpr int kNumSolvers = static_cast<int>(Solver::fairgrad) + 1;  // the last one
+constexpr int kNumSolvers = static_cast<int>(Solver::conicgrad) + 1;  // the last one
 
 /// body(std::integral_constant<Solver, solver>()): code that is compiled for each solver, chosen at run time.
 template <int index = 0, class Body>
@@ -72,6 +74,8 @@ MTL_HOST_DEVICE void find_weights(const Team& team, const double* gram, int size
     dualproj_weights(team, gram, size, options.values, doubles, integers, weights);
   } else if constexpr (solver == Solver::pcd) {
     pcd_weights(team, gram, size, options.values, doubles, integers, weights);
+  } else if constexpr (solver == Solver::conicgrad) {
+    conicgrad_weights(team, gram, size, options.number, doubles, integers, weights);
   } else if constexpr (solver == Solver::fairgrad) {
     fairgrad_weights(team, gram, size, options.number, doubles, weights);
   } else {

@@ -25,15 +25,39 @@ Kernel pick(DType dtype, int num_rows) {
   }
 }
 
-}  // namespace
+template <typename T>
+Kernel pick_channels(int num_rows) {
+  return num_rows <= 2   ? mtlkernels::combine_channels<T, 2>
+         : num_rows <= 4 ? mtlkernels::combine_channels<T, 4>
+         : num_rows <= 8 ? mtlkernels::combine_channels<T, 8>
+                         : mtlkernels::combine_channels<T, 64>;
+}
 
-const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream) {
-  const Kernel kernel = pick(dtype, num_rows);
-  for (const Launch& launch : plan_launches(tensors, num_rows + 2)) {
+Kernel pick_channels(DType dtype, int num_rows) {
+  switch (dtype) {
+    case DType::float32: return pick_channels<float>(num_rows);
+    case DType::bfloat16: return pick_channels<BFloat16>(num_rows);
+    case DType::float16: return pick_channels<__half>(num_rows);
+    default: return pick_channels<double>(num_rows);
+  }
+}
+
+const char* launch_each(Kernel kernel, const std::vector<Launch>& launches, Stream stream) {
+  for (const Launch& launch : launches) {
     kernel<<<launch.num_blocks, kCombineThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch.table);
     if (const char* error = last_error()) return error;
   }
   return nullptr;
+}
+
+}  // namespace
+
+const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream) {
+  return launch_each(pick(dtype, num_rows), plan_launches(tensors, num_rows + 2), stream);
+}
+
+const char* combine_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream) {
+  return launch_each(pick_channels(dtype, num_rows), plan_launches(tensors, num_rows + 3, kCombineChannels), stream);
 }
 
 }  // namespace mtlkernels::cuda

@@ -6,20 +6,28 @@
 // one of the rows.
 
 #include "../common/launch_plan.h"
+#include "reduce.cuh"
 #include "vec.cuh"
 
 namespace mtlkernels {
 
 constexpr int kCombineThreads = 256;
+constexpr int32_t kCombineChannels = 32;  // of a block, where each channel has weights of its own
 
-/// What a tensor's pointers mean: a gradient per task, the result, the task weights (float64).
+/// What a tensor's pointers mean: a gradient per task, the result, the task weights (float64); where each channel has its own,
+/// [channels, num_rows] of them, also the elements of a channel as an integer.
 struct CombineArguments {
   void* const* pointers;
   int num_rows;
+  const double* weights;
 
   __device__ CombineArguments(const TensorTable& table, int tensor)
-      : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 2) {}
-  __device__ double weight(int k) const { return k < num_rows ? static_cast<const double*>(pointers[num_rows + 1])[k] : 0.0; }
+      : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 2), weights(of_tensor()) {}
+  __device__ CombineArguments(const TensorTable& table, int tensor, int64_t channel)
+      : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 3), weights(of_tensor() + channel * num_rows) {}
+  __device__ const double* of_tensor() const { return static_cast<const double*>(pointers[num_rows + 1]); }
+  __device__ int64_t channel_size() const { return reinterpret_cast<int64_t>(pointers[num_rows + 2]); }
+  __device__ double weight(int k) const { return k < num_rows ? weights[k] : 0.0; }
   /// Row k; null where it is absent or has weight 0.
   template <typename T>
   __device__ const T* row(int k) const {
@@ -90,14 +98,15 @@ struct ManyRows {
   }
 };
 
-template <typename T, typename S, typename Rows, int batch>
-__device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int64_t begin, int64_t end) {
+/// Elements [begin, end) by `threads` threads, of which the caller is `thread`.
+template <typename T, typename S, typename Rows, int batch, int threads>
+__device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int thread, int64_t begin, int64_t end) {
   const Rows rows(arguments, 0);
   T* out = arguments.result<T>();
-  constexpr int64_t step = kCombineThreads * kLanes<T>;
+  constexpr int64_t step = threads * kLanes<T>;
   const int64_t vectors_end = aligned ? begin + (end - begin) / kLanes<T> * kLanes<T> : begin;
 #pragma unroll 1
-  for (int64_t e = begin + threadIdx.x * kLanes<T>; e < vectors_end; e += batch * step) {
+  for (int64_t e = begin + thread * kLanes<T>; e < vectors_end; e += batch * step) {
     S sums[batch][kLanes<T>] = {};
     rows.add_vectors(e, step, vectors_end, sums);
 #pragma unroll
@@ -109,7 +118,7 @@ __device__ inline void combine_chunk(const CombineArguments& arguments, bool ali
     }
   }
 #pragma unroll 1
-  for (int64_t e = vectors_end + threadIdx.x; e < end; e += kCombineThreads) {
+  for (int64_t e = vectors_end + thread; e < end; e += threads) {
     S sum = 0;
     rows.add_element(e, sum);
     narrow(Sum<T>(sum), out[e]);
@@ -117,10 +126,10 @@ __device__ inline void combine_chunk(const CombineArguments& arguments, bool ali
 }
 
 /// In float64, element by element: for weights that float32 cannot hold. Rare, so small rather than fast.
-template <typename T>
-__device__ void combine_wide(const CombineArguments& arguments, int64_t begin, int64_t end) {
+template <typename T, int threads>
+__device__ void combine_wide(const CombineArguments& arguments, int thread, int64_t begin, int64_t end) {
 #pragma unroll 1
-  for (int64_t e = begin + threadIdx.x; e < end; e += kCombineThreads) {
+  for (int64_t e = begin + thread; e < end; e += threads) {
     double sum = 0;
 #pragma unroll 1
     for (int k = 0; k < arguments.num_rows; ++k) {
@@ -131,24 +140,44 @@ __device__ void combine_wide(const CombineArguments& arguments, int64_t begin, i
   }
 }
 
-/// One block per chunk of kDeviceChunk elements. K is the class of the number of rows: 1, 2, 3, 4, 8, or 64 for any number.
-template <typename T, int K>
-__global__ void __launch_bounds__(kCombineThreads, 1) combine(const __grid_constant__ TensorTable table) {
-  const Chunk chunk = find_chunk(table, blockIdx.x);
-  const CombineArguments arguments(table, chunk.tensor);
-  bool aligned = is_aligned(arguments.result<T>()), wide = false;
+/// As combine_chunk, with what suits the weights and the addresses. K is the class of the number of rows: 1, 2, 3, 4, 8, or 64
+/// for any number.
+template <typename T, int K, int threads>
+__device__ inline void combine_elements(const CombineArguments& arguments, int thread, int64_t begin, int64_t end) {
+  bool aligned = is_aligned(arguments.result<T>() + begin), wide = false;
   for (int k = 0; k < arguments.num_rows; ++k) {
     const T* row = arguments.row<T>(k);
     const double size = fabs(arguments.weight(k));
-    aligned &= is_aligned(row);
+    aligned &= !row || is_aligned(row + begin);
     wide |= row && !(size > 0x1p-100 && size < 0x1p100);
   }
   if (sizeof(Sum<T>) == 4 && wide) {
-    combine_wide<T>(arguments, chunk.begin, chunk.end);
+    combine_wide<T, threads>(arguments, thread, begin, end);
   } else if constexpr (K <= 8) {
-    combine_chunk<T, Sum<T>, RowGroup<T, K, Sum<T>>, kBatch<K>>(arguments, aligned, chunk.begin, chunk.end);
+    combine_chunk<T, Sum<T>, RowGroup<T, K, Sum<T>>, kBatch<K>, threads>(arguments, aligned, thread, begin, end);
   } else {
-    combine_chunk<T, Sum<T>, ManyRows<T, Sum<T>>, 1>(arguments, aligned, chunk.begin, chunk.end);
+    combine_chunk<T, Sum<T>, ManyRows<T, Sum<T>>, 1, threads>(arguments, aligned, thread, begin, end);
+  }
+}
+
+/// One block per chunk of kDeviceChunk elements.
+template <typename T, int K>
+__global__ void __launch_bounds__(kCombineThreads, 1) combine(const __grid_constant__ TensorTable table) {
+  const Chunk chunk = find_chunk(table, blockIdx.x);
+  combine_elements<T, K, kCombineThreads>(CombineArguments(table, chunk.tensor), threadIdx.x, chunk.begin, chunk.end);
+}
+
+/// Weights for each channel (row of a tensor viewed as [channels, rest]): a warp per channel, kCombineChannels of them a block.
+/// The table counts channels as elements.
+template <typename T, int K>
+__global__ void __launch_bounds__(kCombineThreads, 1) combine_channels(const __grid_constant__ TensorTable table) {
+  const Chunk chunk = find_chunk(table, blockIdx.x, kCombineChannels);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+  for (int64_t channel = chunk.begin + warp; channel < chunk.end; channel += kCombineThreads / kWarpSize) {
+    const CombineArguments arguments(table, chunk.tensor, channel);
+    const int64_t begin = channel * arguments.channel_size();
+    combine_elements<T, K, kWarpSize>(arguments, lane, begin, begin + arguments.channel_size());
   }
 }
 

@@ -17,6 +17,10 @@ using Stream = void*;
 /// the tensors'. Returns null, or what CUDA says went wrong.
 const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream);
 
+/// The same with weights for each channel. A tensor's weights are [channels, num_rows], its last pointer is the elements of a
+/// channel as an integer, and its size its number of channels.
+const char* combine_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream);
+
 /// out[m] = sum_k C[m][k] g_k for every tensor; the tensors share a dtype. A tensor's pointers are its `num_rows` gradients
 /// (kMixRows at most; null where absent) and its `num_results` results (kMixResults at most). `coefficients` [num_results,
 /// num_rows] on the device. Otherwise as combine.

@@ -47,6 +47,7 @@ using mtlkernels::Solver;
 const std::map<std::string, Solver> kSolvers{
     {"mgda", Solver::mgda},
     {"cagrad", Solver::cagrad},
+    {"conicgrad", Solver::conicgrad},
     {"config", Solver::config},
     {"imtl_g", Solver::imtl_g},
     {"aligned_mtl_min", Solver::aligned_mtl_min},

@@ -5,6 +5,6 @@ they run the step limit. The kernels (csrc/common/kxk_*.h) solve the same proble
 R its cosines, n_i = sqrt(G_ii).
 """
 
-from . import newton, orders, program, quadratic, spectral
+from . import around_mean, newton, orders, program, quadratic, spectral
 
-__all__ = ["newton", "orders", "program", "quadratic", "spectral"]
+__all__ = ["around_mean", "newton", "orders", "program", "quadratic", "spectral"]

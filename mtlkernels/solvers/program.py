@@ -1,6 +1,6 @@
-"""MGDA, CAGrad, and the quadratic program that they and others are. The kernel is csrc/common/kxk_solvers.h."""
+"""MGDA, and the quadratic program that it and others are. The kernel is csrc/common/kxk_solvers.h."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,27 +18,60 @@ class Solution(NamedTuple):
     t: Tensor
     """[B]: the parameter."""
     stationary: Tensor
-    """bool [B]: the target is met only by u for which R u is 0 to the precision of R."""
+    """bool [B]: the boundary is reached only by u for which R u is 0 to the precision of R."""
 
 
-def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tensor, target: float | None) -> Solution:
-    """min_{u >= 0} u' R u / 2 - (t slope - offset)' u at t = 0, or at the t where u' R u = target. Row-relative accuracy.
+class Path(NamedTuple):
+    """[B]: sums over a solution u at t, and their derivatives in t. u' R u = t gain - along."""
+
+    t: Tensor
+    gain: Tensor
+    """slope' u."""
+    along: Tensor
+    """offset' u."""
+    along_terms: Tensor
+    """The sizes of what along adds up."""
+    gain_rate: Tensor
+    along_rate: Tensor
+
+
+class Region(Protocol):
+    """What t grows to the boundary of. Every method gives [B]."""
+
+    start: float
+    """u of the first index where t begins."""
+
+    def missing(self, path: Path) -> Tensor:
+        """What is missing to the boundary: it falls with t, piecewise quadratic, and is 0 there."""
+
+    def terms(self, path: Path) -> Tensor:
+        """The sizes of the terms of what is missing."""
+
+    def derivatives(self, path: Path) -> tuple[Tensor, Tensor]:
+        """Half the first and the second derivative of what is missing, with the sign turned."""
+
+    def square(self, path: Path) -> Tensor:
+        """A square against which what the ridge changes must be small."""
+
+
+def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tensor, region: Region | None) -> Solution:
+    """min_{u >= 0} u' R u / 2 - (t slope - offset)' u at t = 0, or at the t that reaches a boundary. Row-relative accuracy.
 
     Active sets (Lawson and Hanson 1974, chapter 23) on R plus a ridge of 64 K eps, which exceeds the rounding error of a
-    Gram, so that the sum is positive definite; proximal point steps then take the ridge's effect out. u' R u grows with t and
-    is piecewise quadratic: each step in t solves the current piece exactly, within a bracket that is halved every fourth
-    step. One pass of the loop does for each problem the one step that it needs next.
+    Gram, so that the sum is positive definite; proximal point steps then take the ridge's effect out. What is missing to the
+    boundary is piecewise quadratic: each step in t solves the current piece exactly, within a bracket that is halved every
+    fourth step. One pass of the loop does for each problem the one step that it needs next.
 
     Args:
         matrix: R, float64 [B, K, K], positive semidefinite with unit diagonal.
         offset: float64 [B, K].
-        slope: float64 [B, K], positive where ``free`` if there is a target.
+        slope: float64 [B, K], positive where ``free`` if there is a region.
         free: bool [B, K]; u stays 0 elsewhere.
-        target: None: solve at t = 0.
+        region: what t grows to the boundary of; None: solve at t = 0.
     """
-    size, device = matrix.shape[-1], matrix.device
-    ridge = 64 * size * EPSILON
-    eye = torch.eye(size, dtype=matrix.dtype, device=device)
+    num_tasks, device = matrix.shape[-1], matrix.device
+    ridge = 64 * num_tasks * EPSILON
+    eye = torch.eye(num_tasks, dtype=matrix.dtype, device=device)
     ridged = torch.where(eye > 0, 1.0 + ridge, matrix)
     u = torch.zeros_like(offset)
     centre = u
@@ -46,17 +79,17 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
     rejected, newest = positive, positive
     t = torch.zeros_like(offset[:, 0])
     start = t
-    if target is not None:
+    if region is not None:
         first = torch.where(free, offset / torch.where(free, slope, 1.0), torch.inf).min(-1)
         start = torch.where(first.values.isfinite(), first.values, 0.0)
-        t = start + target**0.5 / torch.where(free, slope, 1.0).gather(-1, first.indices.unsqueeze(-1)).squeeze(-1)
+        t = start + region.start / torch.where(free, slope, 1.0).gather(-1, first.indices.unsqueeze(-1)).squeeze(-1)
     low, high = start, torch.full_like(t, torch.inf)
     visits, rounds = torch.zeros_like(t, dtype=torch.long), torch.zeros_like(t, dtype=torch.long)
-    stationary = torch.zeros_like(t, dtype=torch.bool)
+    stationary, solvable = torch.zeros_like(t, dtype=torch.bool), free.any(-1)
 
     # More than problems take that combine scales of 1e20, rank deficiency, opposite gradients and c = 1.
-    for _ in range(6 * size + 16 if target is None else 16 * size + 512):
-        working = rounds < ROUNDS
+    for _ in range(6 * num_tasks + 16 if region is None else 16 * num_tasks + 512):
+        working = (rounds < ROUNDS) & ~stationary & solvable
         if device.type == "cpu" and not working.any():
             break
         # A step towards the minimiser over the positive indices, up to the first that becomes zero.
@@ -77,30 +110,31 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
 
         # The zero index with the most negative z = R u - right joins, if it is negative beyond rounding.
         z = (ridged * u.unsqueeze(-2)).sum(-1) - pull
-        rounding = 2 * size * EPSILON * (u.sum(-1, keepdim=True) + offset.abs() + (t.unsqueeze(-1) * slope).abs())
+        rounding = 2 * num_tasks * EPSILON * (u.sum(-1, keepdim=True) + offset.abs() + (t.unsqueeze(-1) * slope).abs())
         candidate = free & ~positive & ~rejected & (z < -rounding) & (~blocked & working).unsqueeze(-1)
         joins = candidate.any(-1)
         lowest = torch.where(candidate, z, 0.0).argmin(-1, keepdim=True)
-        joining = candidate & (torch.arange(size, device=device) == lowest)
+        joining = candidate & (torch.arange(num_tasks, device=device) == lowest)
         positive = positive | joining
         newest = torch.where(joins.unsqueeze(-1), joining, newest)
 
         # Solved at this t: the next t, or the next round.
         solved = working & ~blocked & ~joins
         met = solved
-        if target is not None:
-            missing = target - (u * right).sum(-1)
-            noise = target + (u * (offset.abs() + (t.unsqueeze(-1) * slope).abs())).sum(-1)
-            vague = (rounds == 0) & (ridge * u.square().sum(-1) > 1e-3 * target)  # the ridge shows in u' R u
+        if region is not None:
+            rate = torch.where(positive, rate, 0.0)
+            pairs = ((u, slope), (u, offset), (u, offset.abs()), (rate, slope), (rate, offset))
+            path = Path(t, *((a * b).sum(-1) for a, b in pairs))
+            missing, (growth, curvature) = region.missing(path), region.derivatives(path)
+            vague = (rounds == 0) & (ridge * u.square().sum(-1) > 1e-3 * region.square(path))  # the ridge shows
             low = torch.where(solved & (missing > 0), t, low)
             high = torch.where(solved & (missing <= 0), t, high)
-            growth, curvature = (u * slope).sum(-1), (torch.where(positive, rate, 0.0) * slope).sum(-1)
             ahead = t + missing / (growth + (growth.square() + curvature * missing).clamp(min=0).sqrt())
             visits = visits + solved.long()
             halve = ~((ahead > low) & (ahead < high)) | ((visits % 4 == 0) & high.isfinite())
-            ahead = torch.where(halve, low + (high - low) / 2, ahead)
+            ahead = torch.where(halve, torch.where(high.isfinite(), low + (high - low) / 2, t + (t - start)), ahead)
             stuck = (ahead <= low) | (ahead >= high)
-            met = solved & ((missing.abs() <= 4 * EPSILON * noise) | stuck | ((missing > 0) & vague))
+            met = solved & ((missing.abs() <= 4 * EPSILON * region.terms(path)) | stuck | ((missing > 0) & vague))
             stationary = stationary | (met & vague)
             t = torch.where(solved & ~met, ahead, t)
             low, high = torch.where(met, start, low), torch.where(met, torch.inf, high)
@@ -139,55 +173,4 @@ def mgda_weights(gram: Tensor, active: Tensor | None) -> Tensor:
     return finish(weights / torch.where(total > 0, total, 1.0), mask, finite, gram)
 
 
-def cagrad_weights(gram: Tensor, active: Tensor | None, c: float) -> Tensor:
-    """CAGrad (Liu et al. 2021, Algorithm 1): 1 / K + c |g_0| / |g_w| w.
-
-    g_0 is the mean gradient and w on the simplex minimises <g_w, g_0> + c |g_0| |g_w|. With v = c |g_0| / |g_w| w and
-    u_i = n_i v_i / |g_0|, optimality reads R u + b - t / n >= 0, complementary to u >= 0, and u' R u = c^2, where R are the
-    cosines and b_i = cos(g_i, g_0). A zero gradient keeps t from becoming positive.
-
-    Args:
-        gram: float64 [..., K, K].
-        active: bool [..., K] of the Gram's leading dimensions; the others get weight 0, as if they did not exist.
-        c: radius of the ball around g_0, in units of |g_0|.
-
-    Returns:
-        float64 [..., K]. With d the update and d_j its weights, <g_i, d> >= <g_w, d> - 1e-11 n_i sum_j |d_j| n_j for every
-        active i. All 0 where g_0 or the minimising g_w is 0 to the precision of the Gram (a Pareto-stationary point), NaN
-        where the Gram is not finite. Not kept for c within 1e-12 of 1 where g_w opposes g_0 exactly: the two parts of the
-        update then cancel, and what is left is rounding.
-    """
-    if gram.numel() == 0:
-        return gram.new_zeros(gram.shape[:-1])
-    cosine, norm, mask, finite = prepare(gram, active)
-    count = mask.sum(-1, keepdim=True).clamp(min=1)
-    uniform = mask.to(gram.dtype) / count
-    there = norm > 0
-    safe = torch.where(there, norm, 1.0)
-    largest = torch.where(there, norm, 0.0).max(-1, keepdim=True).values
-    largest = torch.where(largest > 0, largest, 1.0)
-    smallest = torch.where(there, norm, torch.inf).min(-1, keepdim=True).values
-    relative = norm / largest
-    inner = torch.where(there, (cosine * relative.unsqueeze(-2) * there.unsqueeze(-2)).sum(-1) / count, 0.0)  # <g_i, g_0> / n_i
-    mean_square = (inner * relative).sum(-1, keepdim=True) / count
-    usable = mean_square > 8 * EPSILON * (relative.sum(-1, keepdim=True) / count).square()  # less is rounding
-    mean = torch.where(usable, mean_square, 1.0).sqrt()
-    if c <= 64 * EPSILON:  # the ball is no larger than the rounding of g_0
-        weights = torch.where(usable, uniform, 0.0)
-        return finish(weights, mask, finite, gram)
-    offset = inner / mean
-    slope = torch.where(there, smallest / safe, 0.0)
-    solution = solve_nonnegative(cosine, offset, slope, there & usable, c * c)
-    # u' R u, as it stands or through t: the first rounds by eps (sum u)^2, the second by eps sum u.
-    direct = (solution.value.unsqueeze(-1) * cosine * solution.value.unsqueeze(-2)).sum((-2, -1)).unsqueeze(-1)
-    through = (solution.value * (solution.t.unsqueeze(-1) * slope - offset)).sum(-1, keepdim=True)
-    square = torch.where(solution.value.sum(-1, keepdim=True) > 1, through, direct)
-    blocked = (mask & ~there).any(-1) & (solution.t >= 0)
-    usable = usable & ~(solution.stationary | blocked).unsqueeze(-1)
-    scale = c * mean / torch.where(usable, square, 1.0).sqrt()
-    weights = uniform + torch.where(there, scale * solution.value * (largest / safe), 0.0)
-    return finish(torch.where(usable, weights, 0.0), mask, finite, gram)
-
-
 define_weights("mgda_weights(Tensor gram, Tensor? active) -> Tensor", mgda_weights)
-define_weights("cagrad_weights(Tensor gram, Tensor? active, float c) -> Tensor", cagrad_weights)

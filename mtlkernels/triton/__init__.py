@@ -1,4 +1,4 @@
-"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_ and mix.
+"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_channels, both in place, and mix.
 
 For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype whatever the number of tensors: pointer
 tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline tables in the
@@ -15,6 +15,8 @@ OPS = {
     "cross_gram": gram.cross_gram,
     "combine": combine.combine,
     "combine_": combine.combine_,
+    "combine_channels": combine.combine_channels,
+    "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
 }
 """Op name -> implementation with the op's own signature."""

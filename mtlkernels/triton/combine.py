@@ -1,7 +1,7 @@
-"""combine, combine_ and mix in Triton: out[m][e] = sum_k c[m, k] g_k[e], each row read once, each result written once.
+"""combine, combine_channels, both in place, and mix in Triton: out[m][e] = sum_k c[m, k] g_k[e], each row read once, each result written once.
 
 Sums are float32 (float64 for float64 gradients, and where a coefficient leaves float32's range), rounded once to the
-gradients' dtype. combine does not read a row whose weight is exactly 0, and its result may be one of the rows.
+gradients' dtype. combine and combine_channels do not read a row whose weight is exactly 0, and its result may be one of the rows.
 """
 
 from bisect import bisect_right
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_buffers
-from ..reference import like
+from ..reference import like, num_channels
 from .launch import (
     NVIDIA,
     TYPES,
@@ -38,8 +38,10 @@ CLASSES = (2, 4, 8, 16, 64, 256)
 THREADS = 256
 
 
-def meta(num_rows: int, dtype: torch.dtype, single: bool, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of the kernel, for a ``single`` result or several.
+def meta(
+    num_rows: int, dtype: torch.dtype, single: bool, chip: Chip = NVIDIA, channels: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of the kernel, for a ``single`` result or several, with coefficients for each of ``channels``.
 
     A thread holds 32 values of a tile (16 for several results or of float64), at most 32 bytes of a row.
 
@@ -50,7 +52,8 @@ def meta(num_rows: int, dtype: torch.dtype, single: bool, chip: Chip = NVIDIA) -
     if rows_class == 0:
         raise ValueError(f"grads has {num_rows} rows; combine and mix take at most {CLASSES[-1]} tasks in Triton.")
     size = (32 if single and dtype != torch.float64 else 16) * THREADS // rows_class
-    constants = {"T": TYPES[dtype], "K": rows_class, "SINGLE": single, "E": min(size, 8192 // dtype.itemsize, 2048)}
+    flags = {"SINGLE": single, "CHANNELS": channels}
+    constants = {"T": TYPES[dtype], "K": rows_class, **flags, "E": min(size, 8192 // dtype.itemsize, 2048)}
     return constants, chip.options(THREADS)
 
 
@@ -111,16 +114,20 @@ def combine_chunks(
     T: tl.constexpr,
     K: tl.constexpr,
     SINGLE: tl.constexpr,
+    CHANNELS: tl.constexpr,
     E: tl.constexpr,
 ):
     """One chunk of one tensor. Its pointers: the rows, then the results; its index: the first row of its coefficients.
 
     ``narrow`` and ``wide`` hold the coefficients [.., num_rows] as sums are computed and in float64. SINGLE: one result.
+    CHANNELS: a chunk is a channel, with a row of coefficients of its own.
     """
     if SINGLE:
         num_results = 1
     S: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
-    pointers, begin, count, _, index = find_chunk(table, num_tensors, num_rows + num_results)
+    pointers, begin, count, number, index = find_chunk(table, num_tensors, num_rows + num_results)
+    if CHANNELS:
+        index += number
     results = pointers + num_rows
     narrow += index * num_rows
     wide += index * num_rows
@@ -154,8 +161,8 @@ class Column(NamedTuple):
     place: int
 
 
-def plan(columns: Sequence[Column], coefficients: Tensor) -> list[Launch]:
-    """A launch per dtype. Besides, one copy of the pointer tables and at most two casts of the coefficients."""
+def plan(columns: Sequence[Column], coefficients: Tensor, per_channel: bool = False) -> list[Launch]:
+    """A launch per dtype; ``per_channel``: every chunk is a channel. Besides, one copy of the pointer tables and at most two casts of the coefficients."""
     device = coefficients.device
     num_rows, num_results = len(columns[0].rows), len(columns[0].results)
     works, metas = [], {}
@@ -164,8 +171,9 @@ def plan(columns: Sequence[Column], coefficients: Tensor) -> list[Launch]:
         if not numel:
             continue
         if dtype not in metas:
-            metas[dtype] = meta(num_rows, dtype, num_results == 1, chip_of(device))
-        works.append((dtype, Work(numel, chunk_length(metas[dtype][0], dtype), place, addresses([*rows, *results]))))
+            metas[dtype] = meta(num_rows, dtype, num_results == 1, chip_of(device), per_channel)
+        length = numel // num_channels(results[0]) if per_channel else chunk_length(metas[dtype][0], dtype)
+        works.append((dtype, Work(numel, length, place, addresses([*rows, *results]))))
     groups = by_kernel(works)
     built = [table_of(group) for group in groups.values()]
     tables = upload([values for values, _ in built], device)
@@ -182,27 +190,34 @@ def _run(
     columns: Sequence[Sequence[Tensor | None]],
     results: Sequence[Sequence[Tensor]],
     coefficients: Tensor,
-    per_tensor: bool,
+    per: str,
     aside: Sequence[bool] | None = None,
 ) -> None:
-    """Fills results[n][m]. Rows that do not lie alike in memory are copied first, their results and those ``aside`` last."""
+    """Fills results[n][m]; a row of coefficients ``per`` "result", "tensor" or "channel".
+
+    Rows that do not lie alike in memory are copied first, their results and those ``aside`` last."""
     if not columns or not results[0]:
         return
     device = results[0][0].device
     if coefficients.device != device:
         raise ValueError(f"weights is on {coefficients.device}, the gradients are on {device}; move them to one device.")
+    first = [0]  # row of coefficients of each tensor
+    for own in results:
+        first.append(first[-1] + {"result": 0, "tensor": 1, "channel": num_channels(own[0])}[per])
+    if per != "result" and coefficients.shape[0] != first[-1]:
+        raise ValueError(f"weights has {coefficients.shape[0]} rows; the gradients take {first[-1]}.")
     placed, copies = [], []
     for n, (rows, own) in enumerate(zip(columns, results, strict=True)):
         targets = list(own)
-        if not lie_alike([*rows, *own]):
+        if not lie_alike([*rows, *own], row_major=per == "channel"):
             rows = contiguous(rows)
             targets = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in own]
         if aside is not None and aside[n]:
             targets = [torch.empty_like(t) for t in targets]
         copies += [(t, value) for t, value in zip(own, targets, strict=True) if t is not value]
-        placed.append(Column(rows, targets, n if per_tensor else 0))
+        placed.append(Column(rows, targets, first[n]))
     with guard(device):
-        for launch in plan(placed, coefficients):
+        for launch in plan(placed, coefficients, per == "channel"):
             launch()
     for target, value in copies:
         target.copy_(value)
@@ -223,7 +238,7 @@ def combine(flat: Sequence[Tensor | None], weights: Tensor) -> list[Tensor]:
     """The op ``combine``: :func:`mtlkernels.combine` on the flat task-major list."""
     columns, models = _columns(flat, weights)
     out = [torch.empty_like(model) for model in models]
-    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), weights.dim() == 2)
+    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), "tensor" if weights.dim() == 2 else "result")
     return out
 
 
@@ -231,14 +246,30 @@ def combine_(out: Sequence[Tensor], flat: Sequence[Tensor | None], weights: Tens
     """The op ``combine_``. A buffer that shares memory with a gradient other than exactly its own is filled by a copy."""
     columns, _ = _columns(flat, weights)
     check_buffers(out, columns)
-    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), weights.dim() == 2, _entangled(out, columns))
+    per = "tensor" if weights.dim() == 2 else "result"
+    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), per, _entangled(out, columns))
+
+
+def combine_channels(flat: Sequence[Tensor | None], weights: Tensor) -> list[Tensor]:
+    """The op ``combine_channels``: combine with weights [sum of channels, K]."""
+    columns, models = _columns(flat, weights)
+    out = [torch.empty_like(model) for model in models]
+    _run(columns, [[t] for t in out], weights, "channel")
+    return out
+
+
+def combine_channels_(out: Sequence[Tensor], flat: Sequence[Tensor | None], weights: Tensor) -> None:
+    """The op ``combine_channels_``; buffers as of :func:`combine_`."""
+    columns, _ = _columns(flat, weights)
+    check_buffers(out, columns)
+    _run(columns, [[t] for t in out], weights, "channel", _entangled(out, columns))
 
 
 def mix(flat: Sequence[Tensor | None], coefficients: Tensor) -> list[Tensor]:
     """The op ``mix``: the results of the first row of coefficients, then those of the second, and so on."""
     columns, models = _columns(flat, coefficients)
     results = [[torch.empty_like(model) for _ in range(coefficients.shape[0])] for model in models]
-    _run(columns, results, coefficients, False)
+    _run(columns, results, coefficients, "result")
     return [own[m] for m in range(coefficients.shape[0]) for own in results]
 
 

@@ -39,7 +39,7 @@ class Target(NamedTuple):
         if self.kernel is gram.gram_finish:
             return gram.finish_meta(chip)
         if self.kernel is combine.combine_chunks:
-            return combine.meta(self.num_rows, self.dtype, self.variant == "combine", chip)
+            return combine.meta(self.num_rows, self.dtype, self.variant != "mix", chip, self.variant == "combine channels")
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip)
         return constants, options
 
@@ -48,7 +48,7 @@ def targets() -> Iterator[Target]:
     """All of them."""
     for dtype in TYPES:
         for num_rows in combine.CLASSES:
-            for variant in ("combine", "mix"):
+            for variant in ("combine", "combine channels", "mix"):
                 yield Target(combine.combine_chunks, num_rows, dtype, variant)
         for num_rows in gram.CLASSES:
             for variant in ("chunks", "channels"):

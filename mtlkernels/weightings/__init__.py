@@ -7,6 +7,7 @@ from .avg_norm import AvgNorm
 from .base import Weighting
 from .cagrad import CAGrad
 from .config import ConFIG
+from .conicgrad import ConicGrad
 from .constant import Constant
 from .cr_mogm import CRMOGM
 from .dualproj import DualProj
@@ -30,6 +31,7 @@ REGISTRY: dict[str, type[Weighting]] = {
     "avg_norm": AvgNorm,
     "cagrad": CAGrad,
     "config": ConFIG,
+    "conicgrad": ConicGrad,
     "constant": Constant,
     "cr_mogm": CRMOGM,
     "fairgrad": FairGrad,
@@ -93,6 +95,7 @@ __all__ = [
     "AvgNorm",
     "CAGrad",
     "ConFIG",
+    "ConicGrad",
     "Constant",
     "DualProj",
     "FairGrad",
