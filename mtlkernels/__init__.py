@@ -1,6 +1,6 @@
 """Fused kernels for multi-task gradient work: Gram matrices, projections, weightings and an optimizer layer."""
 
-from . import weightings
+from . import _vmap, weightings  # noqa: F401
 from ._version import __version__
 from .aggregation import aggregate
 from .dispatch import use_backend

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from .granularity import KINDS, Granularity, Problems, groups_of
-from .ops import Gradients, as_rows
+from .ops import Gradients, _rows
 from .reference import like
 from .weightings import Weighting, as_weighting
 
@@ -26,9 +26,9 @@ def aggregate(
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.
         weighting: a :class:`Weighting`, or its registry string.
         out: N buffers for the result, as in :func:`mtlkernels.combine`.
-        per: one problem for the whole ``"model"``, or an independent one for each ``"tensor"``, for each ``"channel"`` (row of a
-            tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form one
-            more, the last.
+        per: one problem for the whole ``"model"``, or an independent one for each ``"tensor"``, for each ``"channel"`` (row of
+            a tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form
+            one more, the last.
         losses: [K], for weightings that read them.
 
     Returns:
@@ -37,7 +37,7 @@ def aggregate(
     Raises:
         ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, or ``per``.
     """
-    rows = as_rows(grads, "grads")
+    rows = _rows(grads, "grads")
     models = [like(column) for column in zip(*rows, strict=True)]
     if isinstance(per, Mapping):
         problems = Problems(groups_of(per, len(models)), models)

@@ -92,7 +92,7 @@ def check_weights(weights: Tensor, num_tasks: int, num_tensors: int) -> None:
 def check_channel_weights(weights: Sequence[Tensor | None], grads: TaskGradients, channels: Sequence[int]) -> None:
     """Raises a ``ValueError`` unless ``weights`` is a floating-point [C_n, K] for each tensor; ``channels`` are the C_n.
 
-    Of a tensor that no task has a gradient of (``channels`` says 0 or more, whatever they are) the weights are not looked at.
+    The weights of a tensor that no task has a gradient of are not looked at.
     """
     num_tasks, num_tensors = len(grads), len(channels)
     if len(weights) != num_tensors:
@@ -105,7 +105,7 @@ def check_channel_weights(weights: Sequence[Tensor | None], grads: TaskGradients
         check_floating(own, f"weights[{n}]")
         if own.shape != (count, num_tasks):
             raise ValueError(
-                f"weights[{n}] has shape {tuple(own.shape)}; {count} channels and {num_tasks} tasks take [{count}, {num_tasks}]."
+                f"weights[{n}] has shape {tuple(own.shape)}; tensor {n} has {count} channels and takes [{count}, {num_tasks}]."
             )
 
 

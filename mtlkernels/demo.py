@@ -130,6 +130,7 @@ def train_multi(method: str, train: MultiDigits, test: MultiDigits, steps: int, 
         info = optimizer.step(batch)
         seconds += time.perf_counter() - start
         losses.append(torch.stack([batch[task].detach() for task in TASKS]))
+        assert info.gram is not None  # weights are computed in every step
         products.append(with_update(info.gram, info.weights))
         advance()
     accuracy = (net.accuracy(test, "left"), net.accuracy(test, "right"))

@@ -54,6 +54,63 @@ def task_gradients(losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Te
     return result
 
 
+def weighted_gradients(
+    losses: Sequence[Tensor | None],
+    weights: Tensor,
+    shared: Sequence[Tensor],
+    own: Sequence[Sequence[Tensor]],
+    source: Source,
+) -> tuple[list[Tensor | None], Rows]:
+    """The gradient of sum_k w_k L_k with respect to ``shared`` in one backward pass, and of each loss with respect to its own.
+
+    The latter run the part of the graph above their tensors only (of a compiled graph, all of it). ``.grad`` is left as it was.
+
+    Args:
+        losses: K scalars, None for a task that is absent.
+        weights: [K], read on the device only.
+        shared: N leaf tensors that require grad.
+        own: K lists of such.
+        source: how to get the former; the latter come by ``torch.autograd.grad``, which runs no hooks.
+
+    Returns:
+        N gradients, and K lists aligned with ``own``; None as in :func:`task_gradients`.
+    """
+    rows: Rows = [[None] * len(tensors) for tensors in own]
+    total = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    with torch.enable_grad():
+        for k, loss in enumerate(losses):
+            if loss is not None:
+                total = total + weights[k] * loss.reshape(()).to(weights.device, weights.dtype)
+    for k, loss in enumerate(losses):
+        if loss is not None and own[k]:
+            rows[k] = list(torch.autograd.grad(loss, list(own[k]), retain_graph=True, allow_unused=True))
+    # Under "backward" the pass reaches the others' .grad, too, which is put back.
+    inputs = [*shared, *({id(t): t for tensors in own for t in tensors}.values() if source == "backward" else ())]
+    return task_gradients([total], [inputs], source)[0][: len(shared)], rows
+
+
+def check_heads_in_graph(
+    losses: Sequence[Tensor | None], heads: Sequence[Sequence[Tensor]], name: Callable[[Tensor], str]
+) -> None:
+    """Raises a ``ValueError`` where a reentrant checkpoint hides a head from :func:`weighted_gradients`.
+
+    Args:
+        losses: K scalars, None for a task that is absent.
+        heads: K lists of parameters that are known to be that task's.
+        name: names a parameter.
+    """
+    for loss, params in zip(losses, heads, strict=True):
+        if loss is None or not params or "CheckpointFunctionBackward" not in graph_nodes([loss]):
+            continue
+        reached = graph_leaves(loss)
+        for param in params:
+            if param.requires_grad and id(param) not in reached:
+                raise ValueError(
+                    f"update_every needs the head {name(param)} in the graph, where a reentrant checkpoint hides it; use "
+                    "checkpoint(..., use_reentrant=False) in the heads, or update_every=1."
+                )
+
+
 def _clear(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         tensor.grad = None

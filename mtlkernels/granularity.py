@@ -90,12 +90,15 @@ class Problems:
 
     def _index(self, device: torch.device) -> Tensor:
         assert not isinstance(self.per, str)
-        if torch.compiler.is_compiling():
-            return torch.tensor(self.per, dtype=torch.int64, device=device)
-        return _group_index(self.per, device)
+        # Where something traces, the tensor may be no real one.
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+        return _group_index(self.per, device) if traced else _kept_group_index(self.per, device)
 
 
-@cache
 def _group_index(groups: Groups, device: torch.device) -> Tensor:
-    """int64 [N]; made once, since the host waits for its copy to the device."""
-    return torch.tensor(groups, dtype=torch.int64, device=device)
+    """int64 [N]."""
+    return torch.tensor(groups, dtype=torch.int64).to(device, non_blocking=True)
+
+
+_kept_group_index = cache(_group_index)
+"""Copied to the device once."""

@@ -75,49 +75,6 @@ define(
 )
 
 
-def _batch_as_channels(flat: Flat, dims: Sequence[int | None], batch: int, per: str) -> list[Tensor | None]:
-    """The gradients of ``batch`` samples as tensors whose channels are the samples (times their own channels)."""
-    result: list[Tensor | None] = []
-    for tensor, dim in zip(flat, dims, strict=True):
-        if tensor is None:
-            result.append(None)
-            continue
-        samples = tensor.expand(batch, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        channels = reference.num_channels(samples[0]) if per == "channel" else 1
-        result.append(samples.reshape(batch * channels, samples[0].numel() // channels if channels else 0))
-    return result
-
-
-def _channels_as_batch(stacked: Tensor, columns: Sequence[Sequence[Tensor | None]], batch: int, per: str) -> Tensor:
-    sizes = [0 if model is None else model.shape[0] for model in map(reference.like, columns)]
-    parts = [part.unflatten(0, (batch, -1)) for part in stacked.split(sizes)]
-    if per == "channel":
-        return torch.cat(parts, dim=1)
-    tensors = torch.stack([part.sum(1) for part in parts], dim=1)
-    return tensors.sum(1) if per == "model" else tensors
-
-
-def _gram_vmap(info: Any, in_dims: Any, flat: Flat, num_tasks: int, per: str) -> tuple[Tensor, int]:
-    moved = _batch_as_channels(flat, in_dims[0], info.batch_size, per)
-    columns = list(zip(*_nest(moved, num_tasks), strict=True))
-    stacked = torch.ops.mtlkernels.gram(moved, num_tasks, "channel")
-    return _channels_as_batch(stacked, columns, info.batch_size, per), 0
-
-
-def _cross_gram_vmap(
-    info: Any, in_dims: Any, flat: Flat, other: Flat, num_tasks: int, num_other: int, per: str
-) -> tuple[Tensor, int]:
-    moved = _batch_as_channels(flat, in_dims[0], info.batch_size, per)
-    against = _batch_as_channels(other, in_dims[1], info.batch_size, per)
-    columns = list(zip(*_nest(moved, num_tasks), *_nest(against, num_other), strict=True))
-    stacked = torch.ops.mtlkernels.cross_gram(moved, against, num_tasks, num_other, "channel")
-    return _channels_as_batch(stacked, columns, info.batch_size, per), 0
-
-
-torch.library.register_vmap("mtlkernels::gram", _gram_vmap)
-torch.library.register_vmap("mtlkernels::cross_gram", _cross_gram_vmap)
-
-
 def gram(grads: Gradients, other: Gradients | None = None, *, per: Granularity = "model") -> Tensor | list[Tensor | None]:
     """Gram matrix of task gradients in one read, G[i, j] = sum_n <grads[i][n], grads[j][n]>.
 
@@ -139,13 +96,13 @@ def gram(grads: Gradients, other: Gradients | None = None, *, per: Granularity =
     """
     if per not in ("model", "tensor", "channel"):
         raise ValueError(f'per is {per!r}; pass "model", "tensor" or "channel".')
-    rows = as_rows(grads, "grads")
+    rows = _rows(grads, "grads")
     if other is None:
         flat = [t for row in rows for t in row]
         result = _call(torch.ops.mtlkernels.gram.default, "gram", lambda: check_gradients(rows), flat, len(rows), per)
         columns = rows
     else:
-        against = as_rows(other, "other")
+        against = _rows(other, "other")
         columns = [*rows, *against]
         names = [*(f"grads[{k}]" for k in range(len(rows))), *(f"other[{k}]" for k in range(len(against)))]
         check_lengths(columns, names=names)
@@ -340,8 +297,8 @@ def combine(
     Raises:
         ValueError: as in :func:`gram`, a wrong weight shape, or buffers that do not fit.
     """
-    rows = as_rows(grads, "grads")
-    if not isinstance(weights, (list, tuple)):
+    rows = _rows(grads, "grads")
+    if not isinstance(weights, (list, tuple)) or not all(own is None or isinstance(own, Tensor) for own in weights):
         return combine_rows(rows, cast(Tensor, weights), out)
     models = [reference.like(column) for column in zip(*rows, strict=True)]
     check_channel_weights(weights, rows, [0 if model is None else reference.num_channels(model) for model in models])
@@ -376,7 +333,9 @@ def combine_rows(
     ops = torch.ops.mtlkernels
     if out is None:
         op, autograd = (
-            (ops.combine_channels.default, _combine_channels_autograd) if per_channel else (ops.combine.default, _combine_autograd)
+            (ops.combine_channels.default, _combine_channels_autograd)
+            if per_channel
+            else (ops.combine.default, _combine_autograd)
         )
         values = _call(op, "combine", check, flat, weights, autograd=autograd)
         result: list[Tensor | None] = [None] * num_tensors
@@ -426,7 +385,7 @@ def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     Raises:
         ValueError: as in :func:`gram`, or a wrong shape of ``coefficients``.
     """
-    rows = as_rows(grads, "grads")
+    rows = _rows(grads, "grads")
     check_floating(coefficients, "coefficients")
     if coefficients.dim() != 2 or coefficients.shape[1] != len(rows):
         raise ValueError(f"coefficients has shape {tuple(coefficients.shape)}; {len(rows)} tasks take [M, {len(rows)}].")
@@ -472,7 +431,7 @@ def project(
     Raises:
         ValueError: as in :func:`gram`, or ``onto`` out of range.
     """
-    rows = as_rows(grads, "grads")
+    rows = _rows(grads, "grads")
     num_tasks = len(rows)
     names: list[str] | None = None
     if onto is None:
@@ -549,7 +508,7 @@ def check_gram(gram: Tensor, argument: str = "gram") -> None:
 # --- calling ------------------------------------------------------------------------------------------------------------
 
 
-def as_rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
+def _rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
     """K lists of N tensors; a ``ValueError`` for anything else."""
     try:
         rows: list[Sequence[Tensor | None]] = [[row] if isinstance(row, Tensor) else list(row) for row in grads]

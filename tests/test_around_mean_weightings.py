@@ -1,4 +1,4 @@
-"""ConicGrad: its guarantee on hard Grams, kernels against references, an independent solver, properties, sums of both regions."""
+"""ConicGrad: guarantee on hard Grams, kernels against references, independent solvers, properties."""
 
 import itertools
 import math
@@ -341,7 +341,7 @@ def test_improves_every_task_inside_the_cone():
 
 @pytest.mark.parametrize("c", [-0.1, 1.1, math.nan, math.inf])
 def test_a_cosine_that_is_none_is_refused(c):
-    with pytest.raises(ValueError, match="c is .*; pass a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"c is .*; pass a number from 0 to 1"):
         mtl.ConicGrad(c)
 
 

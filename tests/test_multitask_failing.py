@@ -61,7 +61,7 @@ class Untouched:
         ({"optimizer": "closure"}, "LBFGS, whose step needs closure"),
         ({"weighting": "no such"}, "'no such' is unknown"),
         ({"weighting": torch.nn.Linear(2, 2)}, "weighting is a Linear"),
-        ({"per": "channel"}, "per is 'channel'"),
+        ({"per": "layer"}, "per is 'layer'; pass"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
         ({"gradients": "jacobian"}, "gradients is 'jacobian'"),
         ({"max_norm": 0.0}, "max_norm is 0.0"),

@@ -92,7 +92,7 @@ MTL_HOST_DEVICE double follow_path(QuadraticProgram<Team>& program, const MeanGr
   const double start = program.offset[first] / program.slope[first];  // u is zero up to it
   double t = (program.offset[first] + radius) / program.slope[first];
   for (int round = 0; round < kRounds; ++round) {
-    t = program.reach(region, t, start, round == 0);
+    t = program.reach(region, t, start, mean.any_zero ? 0.0 : INFINITY, round == 0);
     const bool vague = round == 0 && program.negligible(region.square(program.path(t)));
     if (vague || (mean.any_zero && t >= 0.0)) return NAN;
     program.recentre();

@@ -266,9 +266,10 @@ struct QuadraticProgram {
 
   /// Solves for the t where the solution reaches the boundary of a region, beginning at t and above `start`; returns that t.
   /// What is missing to the boundary falls as t grows, and is piecewise quadratic: each step solves the current piece exactly,
-  /// within a bracket that is halved every fourth step. With `stop_early` it gives up where the result will be negligible.
+  /// within a bracket that is halved every fourth step. It gives up past `end`, and with `stop_early` where the result will be
+  /// negligible.
   template <class Region>
-  MTL_HOST_DEVICE double reach(const Region& region, double t, double start, bool stop_early) {
+  MTL_HOST_DEVICE double reach(const Region& region, double t, double start, double end, bool stop_early) {
     double low = start, high = INFINITY;
     const int max_steps = 400;
     for (int step = 0; step < max_steps; ++step) {
@@ -276,7 +277,7 @@ struct QuadraticProgram {
       Path sums = path(t);
       const double missing = region.missing(sums);
       if (std::fabs(missing) <= 4 * DBL_EPSILON * region.terms(sums)) break;
-      if (stop_early && missing > 0.0 && negligible(region.square(sums))) break;
+      if (missing > 0.0 && (t >= end || (stop_early && negligible(region.square(sums))))) break;
       (missing > 0.0 ? low : high) = t;
       differentiate(sums);
       const double first = region.first(sums), second = region.second(sums);

@@ -13,35 +13,44 @@ class StepInfo:
     Attributes:
         tasks: the K task names, in the order of every [K] below.
         losses: float64 [K], unscaled; NaN for a task that was absent.
-        gram: float64 [K, K], or [N, K, K] per tensor, of the shared parameters' gradients, unscaled. Not finite in the row and
-            column of a task whose gradient was not.
-        weights: float64 [K], or [N, K] per tensor, before clipping; 0 for a task that was absent or dropped.
+        gram: float64 [K, K] of the shared parameters' gradients, unscaled. Per tensor [N, K, K]; per channel [M, K, K], those
+            of one parameter after those of the other; per group [M, K, K], in the order of the groups, shared parameters in
+            none last. Not finite in the row and column of a task whose gradient was not. None between two updates of the
+            weights (``update_every``), where nobody has computed it; so are ``cosine`` and ``conflicts``.
+        weights: float64 [K], or [M, K] as the Gram, before clipping: those of this update, whether computed for it or held; 0
+            for a task that was absent or dropped.
         active: bool [K], the tasks that were present and not dropped.
         skipped: bool scalar, whether the update had to be skipped because it was not finite.
         host_reads: how many times this layer read the device, in ``backward`` and the ``step`` that followed.
     """
 
     def __init__(
-        self, tasks: tuple[Task, ...], losses: Tensor, gram: Tensor, weights: Tensor, active: Tensor, update: "UpdateNorm"
+        self,
+        tasks: tuple[Task, ...],
+        losses: Tensor,
+        gram: Tensor | None,
+        weights: Tensor,
+        active: Tensor,
+        update: "UpdateNorm",
     ) -> None:
         self.tasks = tasks
         self.losses = losses
         self.gram = gram
         self.weights = weights
         self.active = active
-        self.skipped = torch.zeros((), dtype=torch.bool, device=gram.device)
+        self.skipped = torch.zeros((), dtype=torch.bool, device=weights.device)
         self.host_reads = 0
         self._update = update
 
     @property
-    def cosine(self) -> Tensor:
+    def cosine(self) -> Tensor | None:
         """Cosines of the task gradients, as :func:`mtlkernels.cosine`."""
-        return ops.cosine(self.gram)
+        return None if self.gram is None else ops.cosine(self.gram)
 
     @property
-    def conflicts(self) -> Tensor:
+    def conflicts(self) -> Tensor | None:
         """Share of task pairs in conflict, as :func:`mtlkernels.conflict_rate`."""
-        return ops.conflict_rate(self.gram)
+        return None if self.gram is None else ops.conflict_rate(self.gram)
 
     @property
     def norm(self) -> Tensor:
@@ -55,17 +64,17 @@ class StepInfo:
 class UpdateNorm:
     """|update|^2 = w' G w over the shared parameters + a' H a over the others.
 
-    Summed over tensors where weights are per tensor. G and H are the Grams of the shared and of the other parameters, without
-    the tasks that are not finite.
+    Summed over tensors, channels or groups where there are weights for each. G and H are the Grams of the shared and of the
+    other parameters, without the tasks that are not finite.
     """
 
-    def __init__(self, gram: Tensor, weights: Tensor, own_gram: Tensor | None, own_weights: Tensor, finite: Tensor) -> None:
-        self.gram, self.weights, self.own_gram, self.own_weights, self.finite = gram, weights, own_gram, own_weights, finite
+    def __init__(self, gram: Tensor, weights: Tensor, own_gram: Tensor | None, own_weights: Tensor) -> None:
+        self.gram, self.weights, self.own_gram, self.own_weights = gram, weights, own_gram, own_weights
 
     def norm(self) -> Tensor:
         square = _quadratic(self.gram, self.weights)
         if self.own_gram is not None:
-            square = square + _quadratic(torch.where(self.finite, self.own_gram, 0.0), self.own_weights)
+            square = square + _quadratic(self.own_gram, self.own_weights)
         return square.clamp(min=0).sqrt()
 
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..distributed import check_single_process
 from ..gradients import (
     SOURCES,
@@ -16,12 +15,16 @@ from ..gradients import (
     add_to_grad,
     check_grads,
     check_graph,
+    check_heads_in_graph,
     check_hooks,
     combine_own,
     task_gradients,
     update_buffers,
+    weighted_gradients,
 )
+from ..granularity import KINDS, Granularity, Problems
 from ..weightings import Weighting, as_weighting
+from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, order_losses, task_names
 from .roles import Roles, Task
@@ -51,12 +54,19 @@ class MultiTaskOptimizer(WrappedOptimizer):
         heads: {task: parameters}. A parameter in neither ``shared`` nor ``heads`` belongs to the task whose graph reaches it,
             and gets the sum where several do. What is found from graphs needs eager mode: of a compiled model name all.
         tasks: the task names. None: fixed by the keys of the first dict, or by the number of losses of the first sequence.
-        per: one set of weights for the ``"model"``, or one for each shared ``"tensor"``.
+        per: one set of weights for the ``"model"``, or one for each shared ``"tensor"``, for each ``"channel"`` of them (a row
+            of a parameter viewed as [out, rest]), or for each group {name: parameters}. Shared parameters in no group form one
+            more; what is in a group and not shared has no part in it.
+        update_every: n: only every n-th ``backward`` (or ``step`` with losses), the first included, computes weights, from K
+            backward passes. Those between take one of the weighted sum of the losses with the last weights; a head still gets
+            its own task's gradient, from the part of the graph above it (in a compiled model nothing can be left out). A task
+            keeps the weight of the last update that had it, finite, and 1 / K until then. With ``per="model"`` only.
         max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. With
             gradient accumulation each ``backward`` clips its own update.
         on_nonfinite: what a gradient that is not finite does. ``"skip"``: the step changes nothing, nor does the weighting's
             state. ``"drop_task"``: the task counts as absent, but its head gets a zero gradient, since the host does not know;
-            a step with no finite task left is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
+            a step with no finite task left is skipped; between updates of the weights tasks cannot be told apart, and the step
+            is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
         gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
             itself (post-accumulate-grad hooks, reentrant checkpoints).
         process_group, mesh: None; distributed training is not supported in this version.
@@ -73,7 +83,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
         shared: Iterable[Tensor] | None = None,
         heads: Mapping[Any, Iterable[Tensor]] | None = None,
         tasks: Sequence[Task] | None = None,
-        per: Literal["model", "tensor"] = "model",
+        per: Granularity | Mapping[str, Iterable[Tensor]] = "model",
+        update_every: int = 1,
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
         gradients: Source = "autograd",
@@ -83,21 +94,31 @@ class MultiTaskOptimizer(WrappedOptimizer):
         super().__init__(optimizer)
         weighting = as_weighting(weighting)
         for name, value, known in (
-            ("per", per, ("model", "tensor")),
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
             ("gradients", gradients, SOURCES),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
+        groups = per if isinstance(per, Mapping) else None
+        if groups is None and per not in KINDS:
+            raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: parameters}}.')
+        if groups is not None and not groups:
+            raise ValueError('per has no group; pass {name: parameters}, or "model".')
+        if isinstance(update_every, bool) or not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(f"update_every is {update_every!r}; pass a whole number, 1 or more.")
+        if update_every > 1 and per != "model":
+            raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
         params = self.params
         check_single_process(params, process_group, mesh)
-        self._roles = Roles(params, shared, heads)
+        self._roles = Roles(params, shared, heads, groups)
         self.tasks = None if tasks is None else task_names(tasks)
         if self.tasks is not None:
             self._check_heads(self.tasks)
-        self.per, self.max_norm, self.on_nonfinite, self.gradients = per, max_norm, on_nonfinite, gradients
+        self.per: Granularity | None = None if isinstance(per, Mapping) else per
+        self.update_every, self._held = update_every, HeldWeights()
+        self.max_norm, self.on_nonfinite, self.gradients = max_norm, on_nonfinite, gradients
         self.weighting = weighting.to(self.device)
         self._tasks_given = tasks is not None
         self._forget()
@@ -220,13 +241,17 @@ class MultiTaskOptimizer(WrappedOptimizer):
             scale = scaler.scale(torch.ones((), device=self.device))  # the factor, without a host read
         shared = roles.shared
         own, own_of_task = roles.own(tasks)
-        shared_rows, own_rows = self._rows(scaled, shared, own, own_of_task)
+        computes = self._held.left <= 0
+        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
         if all(loss is not None for loss in ordered):
             self._check_reached(shared_rows, shared)
         with torch.no_grad():
-            info, applied, own_weights = self._solve(tasks, ordered, shared_rows, own_rows, own, scale, kept)
+            problems = Problems(self.per or roles.group_of_shared(), shared)
+            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
+            solve = self._solve if computes else self._keep
+            info, applied, own_weights = solve(tasks, ordered, *squares, kept)
             buffers = update_buffers(shared_rows, shared)
-            ops.combine(shared_rows, applied, out=buffers)
+            problems.combine(shared_rows, applied, buffers)
             shows_nan = _first_written(shared, buffers)
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
             own_buffers = combine_own(own_rows, own, own_weights, weighted)
@@ -250,16 +275,32 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 raise ValueError(f"heads names the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}.")
 
     def _rows(
-        self, losses: Sequence[Tensor | None], shared: list[Tensor], own: list[Tensor], own_of_task: list[list[int]]
+        self,
+        losses: Sequence[Tensor | None],
+        tasks: Sequence[Task],
+        shared: list[Tensor],
+        own: list[Tensor],
+        own_of_task: list[list[int]],
+        computes: bool,
     ) -> tuple[Rows, Rows]:
-        """Task gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones."""
+        """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
+
+        Where no weights are computed, the shared parameters have one row, the gradient of the weighted losses.
+        """
         live = [n for n, p in enumerate(shared) if p.requires_grad]
         own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
-        inputs = [[shared[n] for n in live] + [own[m] for m in indices] for indices in own_live]
-        shared_rows, own_rows = [], []
-        for grads, indices in zip(task_gradients(losses, inputs, self.gradients), own_live, strict=True):
-            shared_rows.append(_scatter(grads[: len(live)], live, len(shared)))
-            own_rows.append(_scatter(grads[len(live) :], indices, len(own)))
+        bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
+        if computes:
+            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients)
+            shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
+            own_grads = [row[len(live) :] for row in rows]
+        else:
+            check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
+            weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
+            row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients)
+            shared_rows = [_scatter(row, live, len(shared))]
+            del row  # the rows must hold the only references: update_buffers writes into what nobody else sees
+        own_rows = [_scatter(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
 
     def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
@@ -270,69 +311,110 @@ class MultiTaskOptimizer(WrappedOptimizer):
                     'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
                 )
 
-    def _solve(
+    def _squares(
         self,
         tasks: tuple[Task, ...],
-        losses: Sequence[Tensor | None],
+        problems: Problems,
         shared_rows: Rows,
         own_rows: Rows,
         own: list[Tensor],
         scale: Tensor | None,
-        kept: Snapshot,
-    ) -> tuple[StepInfo, Tensor, Tensor]:
-        """Weights of the tasks, on the device: the info, the weights to apply ([K] or [N, K]) and those of the heads ([K])."""
-        device = self.device
-        gram = self._gram(shared_rows, self._roles.shared, tasks, self.per).to(device)
-        own_gram = self._gram(own_rows, own, tasks, "model").to(device) if own else None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Grams of the shared and of the other parameters' rows, unscaled, on the first parameter's device."""
+        gram = self._gram(problems, shared_rows, self._roles.shared, tasks)
+        own_gram = self._gram(Problems("model", own), own_rows, own, tasks) if own else None
         if scale is not None:
             square = scale.double().square()
             gram = gram / square
             own_gram = None if own_gram is None else own_gram / square
+        return gram, own_gram
+
+    def _solve(
+        self,
+        tasks: tuple[Task, ...],
+        losses: Sequence[Tensor | None],
+        gram: Tensor,
+        own_gram: Tensor | None,
+        kept: Snapshot,
+    ) -> tuple[StepInfo, Tensor, Tensor]:
+        """Weights of the tasks, on the device: the info, the weights to apply ([K] or [M, K]) and those of the heads ([K])."""
         finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
-        finite = finite if self.per == "model" else finite.all(0)
+        finite = finite if finite.dim() == 1 else finite.all(0)
         if own_gram is not None:
             finite = finite & (own_gram.diagonal() < torch.inf)
         pair = finite.unsqueeze(-1) & finite
         clean = torch.where(pair, gram, 0.0)
-
-        here = [loss is not None for loss in losses]
-        present = torch.ones_like(finite)
-        for k, there in enumerate(here):
-            if not there:
-                present[k].fill_(False)  # not from a list, which would be a copy to the device that the host waits for
+        own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
+        values, present = self._losses(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
-        masks = drops or not all(here)
-        absent = None if all(here) else torch.full((), torch.nan, device=device)
-        scalars = [cast(Tensor, absent) if loss is None else loss.reshape(()) if loss.dim() else loss for loss in losses]
-        values = torch.stack(scalars).to(device).double()
-        if masks:
+        if drops or None in losses:
             weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
         else:
             weights = self.weighting(clean, losses=values)
         own_weights = active.double()
-        update = UpdateNorm(clean, weights, own_gram, own_weights, pair)
+        update = UpdateNorm(clean, weights, own_clean, own_weights)
         info = StepInfo(tasks, values, gram, weights, active, update)
         usable = weights.isfinite().all() & (active.any() if drops else finite.all())
+        applied = self._checked(info, update, (weights, own_weights), finite, usable)
+        if self.on_nonfinite != "raise":
+            kept.restore_buffers_unless(usable)
+        if self.update_every > 1:
+            self._held = self._held.updated(weights, active & usable, self.update_every)
+        return info, *applied
+
+    def _keep(
+        self,
+        tasks: tuple[Task, ...],
+        losses: Sequence[Tensor | None],
+        square: Tensor,
+        own_gram: Tensor | None,
+        kept: Snapshot,
+    ) -> tuple[StepInfo, Tensor, Tensor]:
+        """As :meth:`_solve`, between updates of the weights: of the weighted gradient, whose ``square`` is [1, 1]."""
+        values, present = self._losses(losses)
+        weights = torch.where(present, self._held.of_tasks(values), 0.0)
+        finite = torch.ones_like(present) if own_gram is None else own_gram.diagonal() < torch.inf
+        usable = finite.all() & (square[0, 0] < torch.inf)
+        ones, own_weights = torch.ones_like(square[0]), present.double()
+        update = UpdateNorm(square, ones, own_gram, own_weights)
+        info = StepInfo(tasks, values, None, weights, present, update)
+        applied = self._checked(info, update, (ones, own_weights), finite, usable)
+        self._held = self._held.used()
+        return info, *applied
+
+    def _losses(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """float64 [K], NaN for an absent task, and which are present, bool [K]; without a copy that the host waits for."""
+        absent = torch.full((), torch.nan, device=self.device)
+        values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
+        present = torch.ones(len(losses), dtype=torch.bool, device=self.device)
+        for k, loss in enumerate(losses):
+            if loss is None:
+                present[k].fill_(False)
+        return values, present
+
+    def _checked(
+        self, info: StepInfo, update: UpdateNorm, weights: tuple[Tensor, Tensor], finite: Tensor, usable: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of the shared and of the other parameters, clipped; NaN, or an error, where they are not ``usable``."""
         if self.on_nonfinite == "raise":
             info.host_reads = 1
-            self._raise_nonfinite(tasks, torch.cat([finite, usable.unsqueeze(0)]).tolist())
-        applied = weights
+            self._raise_nonfinite(info, torch.cat([finite, usable.unsqueeze(0)]).tolist())
+        applied, own = weights
         if self.max_norm is not None:
             factor = (self.max_norm / (update.norm() + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-            applied, own_weights = applied * factor, own_weights * factor
+            applied, own = applied * factor, own * factor
         if self.on_nonfinite != "raise":
             info.skipped = ~usable
             # A skipped update shows in .grad, where a GradScaler and SkipFlag look.
-            applied, own_weights = (torch.where(usable, w, torch.nan) for w in (applied, own_weights))
-            kept.restore_buffers_unless(usable)
-        return info, applied, own_weights
+            applied, own = (torch.where(usable, w, torch.nan) for w in (applied, own))
+        return applied, own
 
-    def _gram(self, rows: Rows, params: list[Tensor], tasks: Sequence[Task], per: Literal["model", "tensor"]) -> Tensor:
+    def _gram(self, problems: Problems, rows: Rows, params: list[Tensor], tasks: Sequence[Task]) -> Tensor:
         try:
-            return cast(Tensor, ops.gram(rows, per=per))
+            return problems.gram(rows).to(self.device)
         except Exception:
-            for task, row in zip(tasks, rows, strict=True):
+            for task, row in zip(tasks, rows, strict=False):
                 for param, grad in zip(params, row, strict=True):
                     if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
                         raise ValueError(
@@ -341,11 +423,13 @@ class MultiTaskOptimizer(WrappedOptimizer):
                         ) from None
             raise
 
-    def _raise_nonfinite(self, tasks: tuple[Task, ...], verdict: list[bool]) -> None:
+    def _raise_nonfinite(self, info: StepInfo, verdict: list[bool]) -> None:
         """``verdict``: whether each task's gradients are finite, and whether the update is."""
-        named = ", ".join(repr(task) for task, finite in zip(tasks, verdict, strict=False) if not finite)
+        named = ", ".join(repr(task) for task, finite in zip(info.tasks, verdict, strict=False) if not finite)
         if named:
             raise RuntimeError(f"gradients of task {named} are not finite; nothing was changed.")
+        if not verdict[-1] and info.gram is None:
+            raise RuntimeError("the gradient of the weighted losses is not finite; nothing was changed.")
         if not verdict[-1]:
             raise RuntimeError(f"{type(self.weighting).__name__} returned weights that are not finite; nothing was changed.")
 
@@ -355,20 +439,24 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def _undone_on_error(self) -> Iterator[Snapshot]:
         """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
         before = Snapshot(self.params, self.weighting)
-        own = self.tasks, self._skip, self._info, self._roles
+        own = self.tasks, self._skip, self._info, self._roles, self._held
         try:
             yield before
         except BaseException:
             before.restore()
-            self.tasks, self._skip, self._info, self._roles = own
+            self.tasks, self._skip, self._info, self._roles, self._held = own
             raise
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
 
     def _extra_state(self) -> dict[str, Any]:
-        """``{"multitask": {"tasks": names or None, "weighting": its state dict}}``; optimizers of torch ignore the entry."""
+        """``{"multitask": {"tasks": names or None, "weighting": its state dict}}``; optimizers of torch ignore the entry.
+
+        With ``update_every`` also ``"held"``: ``left``, the calls until the next update of the weights, and the ``weights``.
+        """
         tasks = None if self.tasks is None else list(self.tasks)
-        return {STATE_KEY: {"tasks": tasks, "weighting": dict(self.weighting.state_dict())}}
+        held = {"held": self._held.state()} if self.update_every > 1 else {}
+        return {STATE_KEY: {"tasks": tasks, "weighting": dict(self.weighting.state_dict()), **held}}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         """A state dict without the entry of its own leaves the task names and the weighting's state as they are."""
@@ -377,6 +465,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             if own is not None:
                 self._load_tasks(own["tasks"])
                 load_buffers(self.weighting, own["weighting"], self.device)
+                held = own.get("held") if self.update_every > 1 else None
+                self._held = HeldWeights() if held is None else HeldWeights.from_state(held, self.device)
             self.optimizer.load_state_dict(state_dict)
         self._forget()
 

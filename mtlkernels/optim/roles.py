@@ -23,12 +23,17 @@ class Roles:
         heads: task -> parameters that get that task's gradient.
         found: the others. Each gets the gradient of the task that reaches it, the sum where several do.
         undecided: to become shared or found by the graphs of the next batch, see :meth:`decided`.
+        groups: name -> parameters that, as far as they are shared, get one set of weights.
     """
 
     def __init__(
-        self, held: Sequence[Tensor], shared: Iterable[Tensor] | None, heads: Mapping[Task, Iterable[Tensor]] | None
+        self,
+        held: Sequence[Tensor],
+        shared: Iterable[Tensor] | None,
+        heads: Mapping[Task, Iterable[Tensor]] | None,
+        groups: Mapping[str, Iterable[Tensor]] | None = None,
     ) -> None:
-        """Raises a ``ValueError`` for a parameter that the optimizer does not hold, or one that is both shared and a head."""
+        """Raises a ``ValueError`` for a parameter that the optimizer does not hold, or that is in two roles or two groups."""
         if heads is not None and not isinstance(heads, Mapping):
             raise ValueError(f"heads is a {type(heads).__name__}; pass a dict {{task: parameters}}.")
         self.held = list(held)
@@ -38,6 +43,8 @@ class Roles:
         for n, param in enumerate(self.shared):
             if id(param) in in_heads:
                 raise ValueError(f"shared[{n}], of shape {tuple(param.shape)}, is also in heads; list it in one of them.")
+        self.groups = {name: _parameters(params, f"per[{name!r}]", held) for name, params in (groups or {}).items()}
+        _check_groups(self.groups)
         self.found: list[Tensor] = []
         self.undecided: list[Tensor] = []
         if shared is not None:
@@ -63,6 +70,7 @@ class Roles:
             kept |= {id(old): new for old, new in pairs if id(old) not in now and id(new) not in before}
         result.held, result._own = list(held), {}
         result.heads = {task: _kept(params, kept) for task, params in self.heads.items()}
+        result.groups = {name: _kept(params, kept) for name, params in self.groups.items()}
         result.shared, result.found, result.undecided = (_kept(p, kept) for p in (self.shared, self.found, self.undecided))
         result._add_others(self._of_others if shared is None else "shared" if shared else "found")
         return result
@@ -95,6 +103,11 @@ class Roles:
         result._own = {}
         return result
 
+    def group_of_shared(self) -> tuple[int, ...]:
+        """The group of each shared parameter, in the order of the names; those in none form one more, the last."""
+        place = {id(p): index for index, params in enumerate(self.groups.values()) for p in params}
+        return tuple(place.get(id(p), len(self.groups)) for p in self.shared)
+
     def own(self, tasks: tuple[Task, ...]) -> tuple[list[Tensor], list[list[int]]]:
         """The M parameters that are not shared, and for each task which of them may get its gradient."""
         if tasks not in self._own:
@@ -111,6 +124,17 @@ class Roles:
         params = list({id(p): p for group in (self.found, *self.heads.values()) for p in group}.values())
         index = {id(p): m for m, p in enumerate(params)}
         return params, [list(dict.fromkeys(index[id(p)] for p in (*self.found, *self.heads.get(task, ())))) for task in tasks]
+
+
+def _check_groups(groups: Mapping[str, Sequence[Tensor]]) -> None:
+    owner: dict[int, str] = {}
+    for name, params in groups.items():
+        for n, param in enumerate(params):
+            if id(param) in owner:
+                raise ValueError(
+                    f"per[{name!r}][{n}], of shape {tuple(param.shape)}, is also in per[{owner[id(param)]!r}]; list it in one."
+                )
+            owner[id(param)] = name
 
 
 def _kept(params: Sequence[Tensor], kept: Mapping[int, Tensor]) -> list[Tensor]:

@@ -6,7 +6,6 @@ the angle between d and g_0 grow, from 0 to those of MGDA's direction; the updat
 A zero gradient keeps t from becoming positive.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,15 +15,11 @@ from .common import EPSILON, define_weights, finish, prepare
 from .program import Path, Solution, solve_nonnegative
 
 
-@dataclass
 class Ball:
     """|d - g_0| <= c |g_0|; a :class:`.program.Region`."""
 
-    c: float
-
-    @property
-    def start(self) -> float:
-        return self.c
+    def __init__(self, c: float) -> None:
+        self.c = self.start = c
 
     def missing(self, path: Path) -> Tensor:
         return self.c**2 - (path.t * path.gain - path.along)
@@ -39,15 +34,11 @@ class Ball:
         return torch.full_like(path.t, self.c**2)
 
 
-@dataclass
 class Cone:
     """<g_0, d> >= c |g_0| |d|; a :class:`.program.Region`. In units of |g_0|: <g_0, d> = 1 + along, |d|^2 = that + t gain."""
 
-    c: float
-
-    @property
-    def start(self) -> float:
-        return ((1 - self.c) * (1 + self.c)) ** 0.5
+    def __init__(self, c: float) -> None:
+        self.c, self.start = c, ((1 - c) * (1 + c)) ** 0.5
 
     def missing(self, path: Path) -> Tensor:
         axial = 1 + path.along
@@ -95,9 +86,10 @@ class _Problem(NamedTuple):
 
     def follow_path(self, region: Ball | Cone, wanted: Tensor) -> tuple[Solution, Tensor]:
         """The solution at the boundary where ``wanted``, bool [B, 1], and where there is one, bool [B, 1]."""
-        solution = solve_nonnegative(self.cosine, self.offset, self.slope, self.there & wanted, region)
-        blocked = (self.mask & ~self.there).any(-1) & (solution.t >= 0)
-        return solution, wanted & ~(solution.stationary | blocked).unsqueeze(-1)
+        any_zero = (self.mask & ~self.there).any(-1)
+        end = torch.where(any_zero, 0.0, torch.inf).double()
+        solution = solve_nonnegative(self.cosine, self.offset, self.slope, self.there & wanted, region, end)
+        return solution, wanted & ~(solution.stationary | (any_zero & (solution.t >= 0))).unsqueeze(-1)
 
     def of_tasks(self, u: Tensor) -> Tensor:
         """|g_0| u_i / n_i, 0 for a zero gradient."""

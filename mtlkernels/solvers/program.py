@@ -54,7 +54,9 @@ class Region(Protocol):
         """A square against which what the ridge changes must be small."""
 
 
-def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tensor, region: Region | None) -> Solution:
+def solve_nonnegative(
+    matrix: Tensor, offset: Tensor, slope: Tensor, free: Tensor, region: Region | None, end: Tensor | None = None
+) -> Solution:
     """min_{u >= 0} u' R u / 2 - (t slope - offset)' u at t = 0, or at the t that reaches a boundary. Row-relative accuracy.
 
     Active sets (Lawson and Hanson 1974, chapter 23) on R plus a ridge of 64 K eps, which exceeds the rounding error of a
@@ -68,6 +70,7 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
         slope: float64 [B, K], positive where ``free`` if there is a region.
         free: bool [B, K]; u stays 0 elsewhere.
         region: what t grows to the boundary of; None: solve at t = 0.
+        end: float64 [B], the t at which what has not reached the boundary counts as stationary; None: there is none.
     """
     num_tasks, device = matrix.shape[-1], matrix.device
     ridge = 64 * num_tasks * EPSILON
@@ -127,6 +130,7 @@ def solve_nonnegative(matrix: Tensor, offset: Tensor, slope: Tensor, free: Tenso
             path = Path(t, *((a * b).sum(-1) for a, b in pairs))
             missing, (growth, curvature) = region.missing(path), region.derivatives(path)
             vague = (rounds == 0) & (ridge * u.square().sum(-1) > 1e-3 * region.square(path))  # the ridge shows
+            vague = vague if end is None else vague | ((missing > 0) & (t >= end))
             low = torch.where(solved & (missing > 0), t, low)
             high = torch.where(solved & (missing <= 0), t, high)
             ahead = t + missing / (growth + (growth.square() + curvature * missing).clamp(min=0).sqrt())

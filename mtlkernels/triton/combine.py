@@ -1,7 +1,8 @@
-"""combine, combine_channels, both in place, and mix in Triton: out[m][e] = sum_k c[m, k] g_k[e], each row read once, each result written once.
+"""combine, combine_channels, both in place, and mix in Triton: out[m][e] = sum_k c[m, k] g_k[e].
 
-Sums are float32 (float64 for float64 gradients, and where a coefficient leaves float32's range), rounded once to the
-gradients' dtype. combine and combine_channels do not read a row whose weight is exactly 0, and its result may be one of the rows.
+Each row is read once, each result written once. Sums are float32 (float64 for float64 gradients, and where a coefficient
+leaves float32's range), rounded once to the gradients' dtype. All but mix do not read a row whose weight is exactly 0, and
+their result may be one of the rows.
 """
 
 from bisect import bisect_right
@@ -162,7 +163,10 @@ class Column(NamedTuple):
 
 
 def plan(columns: Sequence[Column], coefficients: Tensor, per_channel: bool = False) -> list[Launch]:
-    """A launch per dtype; ``per_channel``: every chunk is a channel. Besides, one copy of the pointer tables and at most two casts of the coefficients."""
+    """A launch per dtype; ``per_channel``: every chunk is a channel.
+
+    Besides, one copy of the pointer tables and at most two casts of the coefficients.
+    """
     device = coefficients.device
     num_rows, num_results = len(columns[0].rows), len(columns[0].results)
     works, metas = [], {}
