@@ -248,7 +248,11 @@ def _combine_channels_autograd(flat: Flat, weights: Tensor) -> list[Tensor]:
     for column, model, own in zip(columns, models, weights.split(list(map(reference.num_channels, models))), strict=True):
         pairs = zip(column, reference.by_channel(own, model), strict=True)
         wide = torch.promote_types(model.dtype, torch.float32)
-        terms = [torch.where(weight == 0, 0.0, weight.to(wide) * row.to(wide)) for row, weight in pairs if row is not None]
+        terms = [
+            weight.to(wide) * torch.where((weight == 0) & ~row.isfinite(), 0.0, row.to(wide))
+            for row, weight in pairs
+            if row is not None
+        ]
         results.append(torch.stack(terms).sum(0).to(model.dtype))
     return results
 

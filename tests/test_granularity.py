@@ -1,6 +1,6 @@
-"""Weights per tensor, channel and group: combine on every backend, aggregate and the optimizer against loops of single problems."""
+"""Weights per tensor, channel and group: combine, aggregate and the optimizer against loops of single problems."""
 
-import itertools
+import copy
 
 import pytest
 import torch
@@ -296,8 +296,6 @@ def test_state_by_channel_survives_a_parameter_that_no_present_task_reaches():
 
 
 def test_groups_follow_a_parameter_that_is_replaced_and_copies():
-    import copy
-
     model = Net()
     optimizer = make(model, per={"first": list(model.encoder[0].parameters())})
     twin = copy.deepcopy((model, optimizer))
@@ -328,10 +326,8 @@ def test_groups_that_do_not_fit(per, message):
 def test_the_parts_of_a_sum_are_those_of_the_model():
     """With one weight for all, every granularity gives the same update."""
     grads = random_gradients(3, [(4, 30), (5,), ()])
-    results = [
-        mtl.aggregate(grads, mtl.Constant([0.3, -1.0, 2.0]), per=per) for per in ("model", "tensor", "channel", {"a": [1]})
-    ]
-    for (first, *others), _ in itertools.product([results], [0]):
-        for other in others:
-            for a, b in zip(first, other, strict=True):
-                assert torch.equal(a, b)
+    method = mtl.Constant([0.3, -1.0, 2.0])
+    expected = mtl.aggregate(grads, method)
+    for per in ("tensor", "channel", {"a": [1]}):
+        for a, b in zip(mtl.aggregate(grads, method, per=per), expected, strict=True):
+            assert torch.equal(a, b)
