@@ -92,12 +92,25 @@ def _combine(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: mtl.combine(grads, weights, out=out), [*(row[0] for row in grads), *out], CHUNK)
 
 
+def _combine_per_channel(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype, (64, 64, 3, 3)), [torch.empty((64, 64, 3, 3), dtype=dtype)]
+    weights = [torch.rand(64, num_tasks, dtype=torch.float64)]
+    return Call(lambda: mtl.combine(grads, weights, out=out), [*(row[0] for row in grads), *out], 64 * 64 * 9)
+
+
 def _mix(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, coefficients = _gradients(num_tasks, dtype), torch.rand(num_tasks, num_tasks, dtype=torch.float64)
     return Call(lambda: mtl.mix(grads, coefficients), [row[0] for row in grads], CHUNK)
 
 
-OPS = {"gram": _gram, "cross_gram": _cross_gram, "gram per channel": _gram_per_channel, "combine": _combine, "mix": _mix}
+OPS = {
+    "gram": _gram,
+    "cross_gram": _cross_gram,
+    "gram per channel": _gram_per_channel,
+    "combine": _combine,
+    "combine per channel": _combine_per_channel,
+    "mix": _mix,
+}
 """Op on gradients -> its representative call."""
 
 
@@ -123,6 +136,7 @@ OPS_ON_GRAM = {
     "pcgrad_weights": _of_gram(lambda g: _ops.pcgrad_weights(g.double(), torch.tensor(0))),
     "mgda_weights": _of_gram(lambda g: _ops.mgda_weights(g.double(), None)),
     "cagrad_weights": _of_gram(lambda g: _ops.cagrad_weights(g.double(), None, 0.4)),
+    "conicgrad_weights": _of_gram(lambda g: _ops.conicgrad_weights(g.double(), None, 0.9)),
     "fairgrad_weights": _of_gram(lambda g: _ops.fairgrad_weights(g.double(), None, 2.0)),
     "gradvac_weights": _of_gram(lambda g: _ops.gradvac_weights(g.double(), 0 * g.double(), None, torch.tensor(0), 0.5, 0.0)),
     "config_weights": _of_gram(lambda g: _ops.config_weights(g.double(), None, None, 1e-14)),

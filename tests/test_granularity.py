@@ -30,7 +30,7 @@ def channel_weights(grads, seed: int = 5, dtype: torch.dtype = torch.float64) ->
     return result
 
 
-def assert_channels_combined(actual, grads, weights) -> None:
+def assert_channels_combined(actual, grads, weights, same_layout: bool = True) -> None:
     """Channel by channel what the whole of it would be with one set of weights."""
     for n, (result, own) in enumerate(zip(actual, weights, strict=True)):
         column = [row[n] for row in grads]
@@ -38,11 +38,11 @@ def assert_channels_combined(actual, grads, weights) -> None:
             assert result is None
             continue
         if result.dim() == 0:
-            assert_combined([result], [[row] for row in column], own[0])
+            assert_combined([result], [[row] for row in column], own[0], same_layout)
             continue
         for channel in range(num_channels(result)):
             rows = [[None if row is None else row[channel]] for row in column]
-            assert_combined([result[channel]], rows, own[channel])
+            assert_combined([result[channel]], rows, own[channel], same_layout)
 
 
 # --- combine ------------------------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ OF_GRAMS = {
     "cagrad_weights": lambda gram: OPS.cagrad_weights(gram, all_but_the_second(gram), 0.4),
     "pcgrad_weights": lambda gram: OPS.pcgrad_weights(gram, torch.tensor(7)),
     "projection_coefficients": lambda gram: OPS.projection_coefficients(gram, descending_orders(gram), True),
+    "conicgrad_weights": lambda gram: OPS.conicgrad_weights(gram, all_but_the_second(gram), 0.9),
     "fairgrad_weights": lambda gram: OPS.fairgrad_weights(gram, all_but_the_second(gram), 2.0),
     "upgrad_weights": lambda gram: OPS.upgrad_weights(gram, all_but_the_second(gram), None),
     "dualproj_weights": lambda gram: OPS.dualproj_weights(gram, None, values(gram)),
@@ -201,6 +202,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "cross_gram",
         "combine",
         "combine_",
+        "combine_channels",
+        "combine_channels_",
         "mix",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
@@ -217,6 +220,7 @@ def test_every_kernel_is_launched_by_an_op():
                 gram = mtl.gram(grads)
                 mtl.gram(grads, per="channel")
                 mtl.combine(grads, random_weights(num_tasks))
+                mtl.combine(grads, [random_weights(2, num_tasks)])
                 mtl.ops.mix(grads, random_weights(2, num_tasks))
         for op in OF_GRAMS.values():
             op(gram)
@@ -331,6 +335,7 @@ FAILING = {
     "cross_gram": lambda grads: mtl.gram(grads, grads),
     "combine": lambda grads: mtl.combine(grads, random_weights(3)),
     "combine_": lambda grads: mtl.combine(grads, random_weights(3), out=grads[0]),
+    "combine_channels": lambda grads: mtl.combine(grads, [random_weights(5, 3), random_weights(9, 3)]),
     "mix": lambda grads: mtl.ops.mix(grads, random_weights(2, 3)),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),

@@ -31,6 +31,7 @@ for dtype, num_tasks in itertools.product(
         mtl.gram(grads, grads[:1], per=per)
     weights = torch.randn(num_tasks, num_tasks, dtype=torch.float64).to(DEVICE)
     mtl.combine(grads, weights[0])
+    mtl.aggregate(grads, "mean", per="channel")
     mtl.mix(grads, weights)
     tiny = [[None if t is None else t * 1e-3 for t in row] for row in grads]
     mtl.gram([[None if t is None else (t * 1e-20 if dtype.itemsize > 2 else t) for t in row] for row in tiny])
@@ -45,6 +46,7 @@ for size in (1, 2, 8, 16, 40, 64):
     ops.pcgrad_weights(grams, seed)
     ops.mgda_weights(grams, None)
     ops.cagrad_weights(grams, None, 0.4)
+    ops.conicgrad_weights(grams, None, 0.9)
     ops.fairgrad_weights(grams, None, 2.0)
     ops.upgrad_weights(grams, None, None)
     ops.dualproj_weights(grams, None, None)

@@ -75,6 +75,18 @@ def test_combine(kernels, device, num_tasks, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_combine_with_weights_for_each_channel(kernels, device, num_tasks, dtype):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    weights = [torch.randn(t.shape[0] if t.dim() else 1, num_tasks, dtype=torch.float64) for t in grads[0]]
+    actual = home(mtl.combine(onto(device, grads), [w.to(device) for w in weights]))
+    for n, (result, own) in enumerate(zip(actual, weights, strict=True)):
+        for channel, each in enumerate(own):
+            rows = [[row[n] if result.dim() == 0 else row[n][channel]] for row in grads]
+            assert_combined([result if result.dim() == 0 else result[channel]], rows, each)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_tasks", "num_results"), [(2, 2), (3, 5), (8, 8), (17, 4), (64, 64)])
 def test_mix(kernels, device, num_tasks, num_results, dtype):
     grads = drop(random_gradients(num_tasks, SHAPES, dtype), (1, 1))
@@ -148,6 +160,7 @@ def test_the_k_x_k_stage_has_the_bits_of_the_cpu(device, num_tasks):
         "pcgrad_weights": lambda d: ops.pcgrad_weights(grams.to(d), seed.to(d)),
         "mgda_weights": lambda d: ops.mgda_weights(grams.to(d), active.to(d)),
         "cagrad_weights": lambda d: ops.cagrad_weights(grams.to(d), active.to(d), 0.4),
+        "conicgrad_weights": lambda d: ops.conicgrad_weights(grams.to(d), active.to(d), 0.9),
         "fairgrad_weights": lambda d: ops.fairgrad_weights(grams.to(d), active.to(d), 2.0),
         "upgrad_weights": lambda d: ops.upgrad_weights(grams.to(d), active.to(d), None),
         "dualproj_weights": lambda d: ops.dualproj_weights(grams.to(d), active.to(d), None),
