@@ -42,6 +42,7 @@ BELOW_BAR = [
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
 AGAIN = "past 8 tasks, groups of rows are read again from the cache; and channels are short"
+SHORT_CHANNELS = "a warp takes up weights and addresses anew for every channel, and channels are short"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
@@ -49,6 +50,7 @@ SLOWER_THAN_DRAM = [
     ("gram per channel", "A100 H100", 2.8, AGAIN),
     ("gram per channel", "H200", 3.7, AGAIN),
     ("gram per channel", "B200", 5.5, AGAIN),
+    ("combine per channel", "B200", 1.5, SHORT_CHANNELS),
     ("mix", "A100 H100", 1.9, MANY_RESULTS),
     ("mix", "H200", 2.5, MANY_RESULTS),
     ("mix", "B200", 3.6, MANY_RESULTS),
