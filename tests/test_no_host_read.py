@@ -84,8 +84,12 @@ def step(weighting: Any, fused: bool = True, **options: Any) -> mtl.optim.StepIn
         inner = torch.optim.AdamW([*shared, *(t for head in heads.values() for t in head)])
         for group in inner.param_groups:
             group["fused"] = fused
+        if options.get("per") == "groups":
+            options = options | {"per": {"first": shared[:1]}}
         optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, **options)
-        return optimizer.step({task: empty().requires_grad_() for task in heads})
+        for _ in range(options.get("update_every", 1)):
+            info = optimizer.step({task: empty().requires_grad_() for task in heads})
+        return info
 
 
 def test_step_with_cagrad(recorder):
@@ -95,8 +99,11 @@ def test_step_with_cagrad(recorder):
     assert {"mtlkernels.gram.default", "mtlkernels.combine_.default", "aten._fused_adamw_.default"} <= set(recorder.calls)
 
 
-@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}], ids=str)
-@pytest.mark.parametrize("weighting", ["cagrad", "mgda", "pcgrad", "mean"])
+OPTIONS = [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}, {"per": "channel"}, {"per": "groups"}, {"update_every": 2}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("weighting", ["cagrad", "conicgrad", "mgda", "pcgrad", "mean"])
 def test_step_with_other_weightings_and_options(recorder, weighting, options):
     step(weighting, **options)
     assert recorder.reads == []

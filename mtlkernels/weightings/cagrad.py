@@ -12,8 +12,9 @@ class CAGrad(Weighting):
     """CAGrad (Liu et al. 2021): max_d min_i <g_i, d> over |d - g_0| <= c |g_0|, with g_0 the mean gradient of the active tasks.
 
     Solved exactly through its dual (Algorithm 1): d = g_0 + c |g_0| g_w / |g_w|, w on the simplex minimising
-    <g_w, g_0> + c |g_0| |g_w|. The weights are 0 at a Pareto-stationary point, where g_0 or g_w is 0 to the precision of the
-    Gram. The update is homogeneous of degree 1 in the gradients: no constant is compared with their size.
+    <g_w, g_0> + c |g_0| |g_w|. The weights are 0 at a Pareto-stationary point, where g_0, g_w or d is 0 to the precision of the
+    Gram; d is only where c is 1 or next to it, and g_0 + c |g_0| g_w / |g_w| cancels. The update is homogeneous of degree 1 in
+    the gradients: no constant is compared with their size.
 
     Args:
         c: radius of the ball in units of |g_0|; convergence is proven for c < 1, and c = 0 is the mean.
