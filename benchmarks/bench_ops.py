@@ -57,6 +57,11 @@ def bench_combine(measure, grads: Rows, buffers: list[Tensor]) -> None:
     measure("combine, existing buffers", lambda: mtl.combine(grads, weights, out=buffers))
 
 
+def bench_combine_per_channel(measure, grads: Rows, buffers: list[Tensor]) -> None:
+    weights = [torch.rand(len(t), len(grads), dtype=torch.float64) for t in buffers]
+    measure("combine per channel, existing buffers", lambda: mtl.combine(grads, weights, out=buffers))
+
+
 def bench_aggregate(measure, grads: Rows, buffers: list[Tensor]) -> None:
     weighting = mtl.get_weighting("pcgrad")
     measure("aggregate pcgrad, existing buffers", lambda: mtl.aggregate(grads, weighting, out=buffers))

@@ -180,6 +180,45 @@ def test_is_linear_under_scaling(backend, name):
     np.testing.assert_allclose(update(first) + update(second), update(first + second), rtol=0, atol=1e-9 * np.abs(rows).sum())
 
 
+EDGE_CASES = {  # g and 0, nothing but 0, g twice, g and -g, g alone; "n": over its norm
+    "sum": ("g", 0, "2g", 0, "g"),
+    "mean": ("g/2", 0, "g", 0, "g"),
+    "upgrad": ("g/2", 0, "g", 0, "g"),
+    "dualproj": ("g/2", 0, "g", 0, "g"),
+    "config": ("g", 0, "2g", 0, "g"),
+    "aligned_mtl": ("g/2", 0, "g", 0, "g"),
+    "imtl_g": ("g", 0, "g", 0, "g"),
+    "mgda": (0, 0, "g", 0, "g"),
+    "pcgrad": ("g", 0, "2g", 0, "g"),
+    "gradvac": ("g", 0, "2g", 0, "g"),
+    "cagrad": (0, 0, "1.5g", 0, "1.5g"),
+    "conicgrad": (0, 0, "g", 0, "g"),
+    "fairgrad": ("n", 0, "sqrt2 n", 0, "n"),
+    "nash_mtl": ("n", 0, "n", 0, "n"),
+}
+
+
+@pytest.mark.parametrize("name", EDGE_CASES)
+def test_edge_cases(backend, name):
+    g = np.array([3.0, 4.0])
+    values = {0: 0 * g, "g": g, "g/2": g / 2, "2g": 2 * g, "1.5g": 1.5 * g, "n": g / 5, "sqrt2 n": math.sqrt(2) * g / 5}
+    cases = ([g, 0 * g], [0 * g, 0 * g], [g, g], [g, -g], [g])
+    for rows, expected in zip(map(np.array, cases), EDGE_CASES[name], strict=True):
+        update = make(name, len(rows))(gram_of(rows), **seed_of(name)).numpy() @ rows
+        np.testing.assert_allclose(update, values[expected], rtol=0, atol=1e-9, err_msg=str(rows))
+
+
+@requires_nvcc
+def test_10000_groups_are_one_launch():
+    rows = torch.randn(10_000, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grams = rows @ rows.mT
+    expected = mtl.MGDA()(grams)
+    with simulated_cuda() as device:
+        actual = mtl.MGDA()(grams)
+    assert len(device.launches) == 1
+    assert torch.equal(actual, expected)
+
+
 @requires_nvcc
 def test_pcgrad_per_tensor_of_resnet50_with_11_tasks():
     """Launches by the formula: tables of pointers fill the kernels' arguments, whatever the number of tensors; no host read.

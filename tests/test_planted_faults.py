@@ -67,7 +67,7 @@ def test_two_threads_that_store_different_values_are_a_race(plant):
 
 
 def test_a_tail_that_runs_out_of_bounds(plant):
-    plant("cuda/combine.cuh", ("threadIdx.x; e < end; e +=", "threadIdx.x; e <= end; e +="))
+    plant("cuda/combine.cuh", ("thread; e < end; e +=", "thread; e <= end; e +="))
     with pytest.raises(SimError) as caught:
         test_cuda_combine.test_matches_float64_at_tails_and_chunks(FLOAT32, 2)
     assert caught.value.kind == "out-of-bounds"

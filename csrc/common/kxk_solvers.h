@@ -86,11 +86,11 @@ struct QuadraticProgram {
 
   /// Forgets the solution.
   MTL_HOST_DEVICE void restart() {
+    count = 0;
     for_owned(team, 0, size, [&](int i) {
       solution[i] = centre[i] = 0.0;
       order[i] = i;
     });
-    count = 0;
     team.sync();
   }
 
