@@ -284,6 +284,25 @@ def test_a_failed_call_counts_nothing():
     assert optimizer.step(task_losses(model)).gram is not None
 
 
+def test_an_inner_step_that_fails_counts_nothing(monkeypatch):
+    model = Net()
+    optimizer = make(model, update_every=3)
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    weights = None
+    for step in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(optimizer.optimizer, "step", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                optimizer.step(task_losses(model, 9))
+        info = optimizer.step(task_losses(model, step))
+        assert (info.gram is not None) == (step % 3 == 0)
+        weights = info.weights if step % 3 == 0 else weights
+        assert torch.equal(info.weights, weights)
+
+
 def test_16_bit_losses():
     model = Net().to(torch.bfloat16)
     optimizer = make(model, Given(WEIGHTS), update_every=2)
