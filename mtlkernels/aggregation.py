@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from .granularity import KINDS, Granularity, Problems, groups_of
+from .granularity import KINDS, Problems, groups_of
 from .ops import Gradients, _rows
-from .reference import like
+from .reference import Granularity, like
 from .weightings import Weighting, as_weighting
 
 

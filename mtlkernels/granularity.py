@@ -2,17 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Literal, cast
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .checks import TaskGradients
-from .reference import num_channels
+from .reference import Granularity, num_channels
 
-Granularity = Literal["model", "tensor", "channel"]
-KINDS = ("model", "tensor", "channel")
+KINDS = get_args(Granularity)
 Groups = tuple[int, ...]
 """The group of each of N tensors."""
 

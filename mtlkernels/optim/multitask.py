@@ -22,7 +22,8 @@ from ..gradients import (
     update_buffers,
     weighted_gradients,
 )
-from ..granularity import KINDS, Granularity, Problems
+from ..granularity import KINDS, Problems
+from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
@@ -295,11 +296,11 @@ class MultiTaskOptimizer(WrappedOptimizer):
             shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
         else:
-            check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
+            if self.gradients == "backward":
+                check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
             row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients)
             shared_rows = [_scatter(row, live, len(shared))]
-            del row  # the rows must hold the only references: update_buffers writes into what nobody else sees
         own_rows = [_scatter(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
 
@@ -348,7 +349,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         values, present = self._losses(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
-        if drops or None in losses:
+        if drops or any(loss is None for loss in losses):
             weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
         else:
             weights = self.weighting(clean, losses=values)
