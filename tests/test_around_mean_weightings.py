@@ -183,7 +183,7 @@ def test_the_step_limit_of_the_reference_suffices(monkeypatch):
     for num_tasks in (2, 3, 8, 24):
         steps[0] = 0
         around_mean.conicgrad_weights(batch_of_grams(num_tasks, (39,)), None, 0.9)
-        assert steps[0] <= (6 * num_tasks + 16 + 8 * num_tasks + 384) * 0.5
+        assert steps[0] <= (6 * num_tasks + 16 + 16 * num_tasks + 512) * 0.75
 
 
 @pytest.mark.parametrize("masked", [False, True])
