@@ -6,6 +6,7 @@ from .aggregation import aggregate
 from .dispatch import use_backend
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import MultiTaskOptimizer, StepInfo
+from .priority import connection_strength, priority_combine
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
@@ -17,11 +18,13 @@ __all__ = [
     "combine",
     "condition_number",
     "conflict_rate",
+    "connection_strength",
     "cosine",
     "get_weighting",
     "gram",
     "magnitude_similarity",
     "mix",
+    "priority_combine",
     "project",
     "use_backend",
     *weightings.__all__,
