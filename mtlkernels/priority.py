@@ -6,6 +6,7 @@ channels of the layer that share the top task together.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import cast, overload
 
 import torch
@@ -22,9 +23,8 @@ Tops = Sequence[Tensor | None]
 # --- connection_strength ------------------------------------------------------------------------------------------------
 
 
-def _strength_of_layer(weight: Tensor, scale: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The specification: S [K, C] in float64 and the top tasks [C] of one layer."""
-    squares = weight.detach().double().reshape(len(weight), -1).square().sum(1)
+def _strength_of_layer(squares: Tensor, scale: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The specification: S [K, C] in float64 and the top tasks [C] of one layer, from its channels' |W_p|^2."""
     strength = squares * scale.detach().double().square() / (running_var.detach().double() + eps)
     total = torch.stack([row.sum() for row in strength]).unsqueeze(1)  # row by row: equal rows have equal sums
     strength = torch.where(total == 0, 0.0, strength / torch.where(total == 0, 1.0, total))
@@ -34,27 +34,22 @@ def _strength_of_layer(weight: Tensor, scale: Tensor, running_var: Tensor, eps: 
 
 
 def _connection_strength_reference(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], running_vars: Sequence[Tensor], eps: float
+    squares: Tensor, scales: Sequence[Tensor], running_vars: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
-    check_layers(weights, scales, running_vars)
-    device = weights[0].device if weights else None
-    layers = [_strength_of_layer(*layer, eps) for layer in zip(weights, scales, running_vars, strict=True)]
-    strengths = [torch.zeros(0, dtype=torch.float64, device=device), *(strength.flatten() for strength, _ in layers)]
-    return torch.cat(strengths), torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *(top for _, top in layers)])
+    parts = squares.split([scale.shape[1] for scale in scales])
+    layers = [_strength_of_layer(*layer, eps) for layer in zip(parts, scales, running_vars, strict=True)]
+    strengths = [squares.new_zeros(0), *(strength.flatten() for strength, _ in layers)]
+    return torch.cat(strengths), torch.cat([squares.new_zeros(0, dtype=torch.int64), *(top for _, top in layers)])
 
 
 def _connection_strength_fake(
-    weights: Sequence[Tensor], scales: Sequence[Tensor], running_vars: Sequence[Tensor], eps: float
+    squares: Tensor, scales: Sequence[Tensor], running_vars: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
-    check_layers(weights, scales, running_vars)
-    device = weights[0].device if weights else None
-    total = sum(scale.numel() for scale in scales)
-    channels = sum(weight.shape[0] for weight in weights)
-    return torch.empty(total, dtype=torch.float64, device=device), torch.empty(channels, dtype=torch.int64, device=device)
+    return squares.new_empty(sum(scale.numel() for scale in scales)), squares.new_empty(squares.shape, dtype=torch.int64)
 
 
 define(
-    "connection_strength(Tensor[] weights, Tensor[] scales, Tensor[] running_vars, float eps) -> (Tensor, Tensor)",
+    "connection_strength(Tensor squares, Tensor[] scales, Tensor[] running_vars, float eps) -> (Tensor, Tensor)",
     fake=_connection_strength_fake,
     reference=_connection_strength_reference,
 )
@@ -84,10 +79,9 @@ def check_layers(weights: Sequence[Tensor], scales: Sequence[Tensor], running_va
                 f"scale[{n}] has {scale.shape[0]} tasks, scale[0] has {scales[0].shape[0]}; "
                 "pass the same tasks, at least one, for every layer."
             )
-        if running_var.shape != scale.shape or running_var.dtype != scale.dtype:
+        if running_var.shape != scale.shape:
             raise ValueError(
-                f"running_var[{n}] is {running_var.dtype} {tuple(running_var.shape)}, scale[{n}] is {scale.dtype} "
-                f"{tuple(scale.shape)}; pass both alike."
+                f"running_var[{n}] has shape {tuple(running_var.shape)}, scale[{n}] has {tuple(scale.shape)}; pass both alike."
             )
 
 
@@ -129,28 +123,17 @@ def connection_strength(
     """
     single = isinstance(weight, Tensor)
     given = [[tensors] if isinstance(tensors, Tensor) else list(tensors) for tensors in (weight, scale, running_var)]
-    weights, scales, variances = ([t.detach() if isinstance(t, Tensor) else t for t in tensors] for tensors in given)
-    if len(scales) == len(variances):
-        pairs = [_alike(a, b) for a, b in zip(scales, variances, strict=True)]
-        scales, variances = [a for a, _ in pairs], [b for _, b in pairs]
-
-    def check() -> None:
-        check_layers(weights, scales, variances)
-
-    op = torch.ops.mtlkernels.connection_strength.default
-    strengths, tops = _call(op, "connection_strength", check, weights, scales, variances, float(eps))
+    check_layers(*given)
+    weights, scales, variances = ([t.detach() for t in tensors] for tensors in given)
+    wide = [reduce(torch.promote_types, (a.dtype, b.dtype, torch.float32)) for a, b in zip(scales, variances, strict=True)]
+    scales = [t.to(dtype) for t, dtype in zip(scales, wide, strict=True)]
+    variances = [t.to(dtype) for t, dtype in zip(variances, wide, strict=True)]
+    squares = torch.ops.mtlkernels.gram(weights, 1, "channel").flatten()
+    strengths, tops = torch.ops.mtlkernels.connection_strength(squares, scales, variances, float(eps))
     if single:
         return strengths.view(scales[0].shape), tops
     parts = strengths.split([s.numel() for s in scales])
     return [p.view(s.shape) for p, s in zip(parts, scales, strict=True)], list(tops.split([len(w) for w in weights]))
-
-
-def _alike(scale: Tensor, running_var: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes."""
-    if not isinstance(scale, Tensor) or not isinstance(running_var, Tensor) or scale.dtype == running_var.dtype:
-        return scale, running_var
-    dtype = torch.promote_types(scale.dtype, running_var.dtype)
-    return scale.to(dtype), running_var.to(dtype)
 
 
 # --- priority_combine ---------------------------------------------------------------------------------------------------
