@@ -15,9 +15,10 @@ def task(name: Task) -> Iterator[None]:
     """Runs the forward passes of the block for one task: ``with mtl.nn.task("depth"): loss = ...``.
 
     Every task norm that runs in the block uses that task's scale, shift and statistics. Blocks nest; the outer task is back
-    after a block, also after one that raised. Each thread (and each asyncio task) has its own current task. A model that
-    ``torch.compile`` compiled is compiled once for each task, so its ``recompile_limit`` must be K or more. Activation
-    checkpoints run the forward again during the backward pass: enter the block inside the checkpointed function.
+    after a block, also after one that raised. Each thread (and each asyncio task) has its own current task. With
+    ``torch.compile``, enter the block outside the compiled model, since it breaks a graph; the model is compiled once for each
+    task, so its ``recompile_limit`` must be K or more. Activation checkpoints run the forward again during the backward pass:
+    enter the block inside the checkpointed function.
 
     Args:
         name: a task of the norms, or its index where their names are no integers.
