@@ -179,8 +179,8 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace, name: str) -
 Written by `{command}`: {options.epochs} epochs of {options.steps} batches of {BATCH}, Adam with a cosine schedule from
 {options.lr:g}, mean ± standard deviation of {options.seeds} seeds. Every multi-task method has the same ResNet with task norms,
 the same initial weights and the same batches. Delta m is the mean relative gain in test accuracy over single-task training,
-seed by seed, more is better. Training loss is the mean over tasks of the last tenth of the batches. Phase 1 takes one inner step for
-each task of a batch, phase 2 one in all; "2x batches" takes as many steps as phase 1.
+seed by seed, more is better. Training loss is the mean over tasks of the last tenth of the batches. Phase 1 takes one inner
+step for each task of a batch, phase 2 one in all; "2x batches" takes as many steps as phase 1.
 """
     images = [
         "![Test accuracy, and the share of top-priority channels over time and by depth](priority_results.png)",

@@ -19,7 +19,7 @@ class ConvNet(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.encoder = nn.Sequential(
-            nn.Conv2d(2, width, 3),
+            nn.Conv2d(2, width, 3, bias=False),  # one before a batch norm has no gradient but rounding
             nn.BatchNorm2d(width),
             nn.Tanh(),
             nn.Conv2d(width, width, 1, bias=False),
@@ -111,7 +111,7 @@ def plain_top(weight: Tensor, norms: nn.ModuleList) -> list[int]:
         row = []
         for p in range(weight.shape[0]):
             square = sum(float(w) ** 2 for w in weight[p].detach().flatten())
-            row.append(square * float(norm.weight[p]) ** 2 / (float(norm.running_var[p]) + 1e-5))
+            row.append(square * norm.weight[p].item() ** 2 / (norm.running_var[p].item() + 1e-5))
         strengths.append([s / sum(row) for s in row])
     return [max(range(len(norms)), key=lambda i: (strengths[i][p], -i)) for p in range(weight.shape[0])]
 
