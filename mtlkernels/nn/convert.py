@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .context import Task, index_of
 from .norms import TaskBatchNorm1d, TaskBatchNorm2d, TaskBatchNorm3d, TaskLayerNorm, TaskNorm, TaskRMSNorm, task_tuple
@@ -94,7 +95,7 @@ def _is_norm(path: str, module: nn.Module, kinds: dict[type[nn.Module], type[Tas
             f"{name} is a SyncBatchNorm, whose statistics over several processes have no task norm in this version; build the "
             "model with BatchNorm layers."
         )
-    if not isinstance(module, tuple(kinds)):
+    if not isinstance(module, (_BatchNorm, *kinds)):
         return False
     if type(module) not in kinds or getattr(module, "has_uninitialized_params", bool)():
         raise ValueError(

@@ -96,13 +96,15 @@ def find_layers(model: torch.nn.Module, forward: Callable[[], Any]) -> tuple[Lay
         raise ValueError(f"model, a {type(model).__name__}, has no task norms; pass it through to_task_norms first.")
     buffers = [(b, b.clone()) for m in model.modules() for b in m.buffers(recurse=False)]
     found = []
-    for name in norms[0].tasks:
-        with task(name), recorded_calls() as calls, torch.enable_grad():
-            outputs = [t for t in tree_leaves(forward()) if isinstance(t, Tensor)]
-        found.append(pairs(calls, outputs))
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    try:
+        for name in norms[0].tasks:
+            with task(name), recorded_calls() as calls, torch.enable_grad():
+                outputs = [t for t in tree_leaves(forward()) if isinstance(t, Tensor)]
+            found.append(pairs(calls, outputs))
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
     return common(found)
 
 
