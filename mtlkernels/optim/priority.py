@@ -187,7 +187,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         for n, layer in enumerate(layers):
             if id(layer.weight) not in held:
                 raise ValueError(
-                    f"layers[{n}] is about a weight of shape {tuple(layer.weight.shape)} that the optimizer lacks."
+                    f"layers[{n}] has a weight of shape {tuple(layer.weight.shape)} that the optimizer does not hold; add it "
+                    "to the optimizer, or leave the layer out."
                 )
         return layers
 
@@ -394,7 +395,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
         if scaler.is_enabled() and self.on_nonfinite == "raise":
             raise ValueError(
-                'on_nonfinite="raise" ends training at the first overflow; pass on_nonfinite="skip" with a scaler.'
+                'on_nonfinite="raise" ends training at the first overflow; pass on_nonfinite="skip" to train with a GradScaler.'
             )
 
     def _finite_tasks(self, rows: Rows) -> list[Tensor]:
