@@ -28,7 +28,7 @@ SINGLE = "single"
 METHODS = {
     SINGLE: "Single task",
     "equal": "Equal weights",
-    "equal_twice": "Equal weights, 2x batches",
+    "equal_half": "Equal weights, half batches",
     "phase1": "Phase 1 only",
     "phase2": "Phase 2 only",
     "sequential": "Sequential",
@@ -37,15 +37,15 @@ METHODS = {
 }
 OPTIONS = {
     "equal": {"mode": "phase2", "weighting": "sum"},
-    "equal_twice": {"mode": "phase2", "weighting": "sum"},
+    "equal_half": {"mode": "phase2", "weighting": "sum"},
     "phase1": {"mode": "phase1"},
     "phase2": {"mode": "phase2"},
     "sequential": {"mode": "sequential"},
     "mixed": {"mode": "mixed"},
     "phase1_pcgrad": {"mode": "mixed", "weighting": "pcgrad"},
 }
-"""Of the optimizer; every multi-task method has the same task norms. Phase 1 takes an inner step for each task of a batch, as
-many as equal weights on twice the batches."""
+"""Of the optimizer; every multi-task method has the same task norms. Phase 1 takes two inner steps for each batch of two tasks,
+as many as equal weights on the halves of it, which see the same pictures."""
 BATCH = 128
 DOCS = Path(__file__).parent.parent / "docs"
 Data = MultiFashion | MultiDigits
@@ -111,11 +111,11 @@ def train(method: str, data: tuple[Data, Data], seed: int, options: argparse.Nam
         runs = [_train((task,), {"mode": "phase1"}, data, seed, options) for task in TASKS]
         losses = torch.cat([run.losses for run in runs], 1)
         return Run(tuple(run.accuracy[0] for run in runs), losses, torch.empty(0), [], sum(run.step_ms for run in runs))
-    return _train(TASKS, OPTIONS[method], data, seed, options, twice=method == "equal_twice")
+    return _train(TASKS, OPTIONS[method], data, seed, options, halves=method == "equal_half")
 
 
 def _train(
-    tasks: tuple[str, ...], how: dict, data: tuple[Data, Data], seed: int, options: argparse.Namespace, twice: bool = False
+    tasks: tuple[str, ...], how: dict, data: tuple[Data, Data], seed: int, options: argparse.Namespace, halves: bool = False
 ) -> Run:
     train_set, test_set = data
     torch.manual_seed(seed)
@@ -123,7 +123,8 @@ def _train(
     mtl.nn.to_task_norms(net.encoder, tasks)
     inner = torch.optim.Adam(net.parameters(), options.lr)
     optimizer = mtl.TaskPriorityOptimizer(inner, net, epochs=options.epochs, seed=seed, **how)
-    per_epoch = options.steps * (2 if twice else 1)
+    parts = 2 if halves else 1
+    per_epoch = options.steps * parts
     steps = options.epochs * per_epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
     monitor = PriorityMonitor(optimizer)
@@ -132,7 +133,7 @@ def _train(
     start = time.perf_counter()
     for step in range(steps):
         optimizer.set_epoch(step // per_epoch)
-        index = torch.randint(len(train_set), (BATCH,), generator=generator)
+        index = torch.randint(len(train_set), (BATCH // parts,), generator=generator)
         images, labels = train_set.images[index], {task: train_set.labels[task][index] for task in tasks}
         info = optimizer.step(
             {task: lambda task=task: cross_entropy(net(images, task), labels[task]) for task in tasks}  # noqa: B023
@@ -180,7 +181,7 @@ Written by `{command}`: {options.epochs} epochs of {options.steps} batches of {B
 {options.lr:g}, mean ± standard deviation of {options.seeds} seeds. Every multi-task method has the same ResNet with task norms,
 the same initial weights and the same batches. Delta m is the mean relative gain in test accuracy over single-task training,
 seed by seed, more is better. Training loss is the mean over tasks of the last tenth of the batches. Phase 1 takes one inner
-step for each task of a batch, phase 2 one in all; "2x batches" takes as many steps as phase 1.
+step for each task of a batch, phase 2 one in all; "half batches" takes as many steps as phase 1, on as many pictures.
 """
     images = [
         "![Test accuracy, and the share of top-priority channels over time and by depth](priority_results.png)",
