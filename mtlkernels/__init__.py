@@ -1,6 +1,6 @@
 """Fused kernels for multi-task gradient work: Gram matrices, projections, weightings and an optimizer layer."""
 
-from . import nn, weightings
+from . import monitor, nn, weightings
 from ._version import __version__
 from .aggregation import aggregate
 from .dispatch import use_backend
@@ -26,6 +26,7 @@ __all__ = [
     "gram",
     "magnitude_similarity",
     "mix",
+    "monitor",
     "nn",
     "priority_combine",
     "project",

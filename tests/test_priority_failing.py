@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from multitask_models import assert_equal
+from multitask_models import Tracking, assert_equal
 from priority_models import TASKS, ConvNet, closures, task_loss, task_net
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -304,11 +304,11 @@ def test_skipped_visit_of_phase_1_changes_nothing(name, factor):
 
 
 @pytest.mark.parametrize("factor", [torch.inf, torch.nan])
-@pytest.mark.parametrize("weighting", [None, "pcgrad"])
+@pytest.mark.parametrize("weighting", [lambda: None, Tracking, mtl.PCGrad], ids=["priority", "tracking", "pcgrad"])
 @pytest.mark.parametrize("name", FUSED)
 def test_skipped_phase_2_changes_nothing(name, weighting, factor):
     model = task_net()
-    optimizer = make(model, "phase2", FUSED[name], weighting=weighting)
+    optimizer = make(model, "phase2", FUSED[name], weighting=weighting())
     optimizer.step(closures(model, 7))
     before = everything(model, optimizer)
     info = optimizer.step(bad_closures(model, "b", factor))

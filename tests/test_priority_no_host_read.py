@@ -19,7 +19,7 @@ def without_addresses(recorder: HostReads) -> None:  # noqa: F811
     recorder.kernels = recorder.kernels | {"priority_combine_"}
 
 
-def step(mode: str, fused: bool = True, **options: Any) -> mtl.PriorityInfo:
+def step(mode: str, fused: bool = True, present: tuple[str, ...] = TASKS, **options: Any) -> mtl.PriorityInfo:
     """A whole step of three tasks. Autograd does not run on fake CUDA tensors: its result is made up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
@@ -40,7 +40,7 @@ def step(mode: str, fused: bool = True, **options: Any) -> mtl.PriorityInfo:
         for group in inner.param_groups:
             group["fused"] = fused
         optimizer = mtl.TaskPriorityOptimizer(inner, model, mode=mode, layers=layers, tasks=TASKS[::-1], **options)
-        info = optimizer.step({task: lambda: empty().requires_grad_() for task in TASKS})
+        info = optimizer.step({task: lambda: empty().requires_grad_() for task in present})
         mtl.monitor.PriorityMonitor(optimizer).record(info)
         return info
 
@@ -59,8 +59,15 @@ def test_step(recorder: HostReads, mode: str, options: dict):  # noqa: F811
         assert "mtlkernels.connection_strength.default" in recorder.calls
 
 
-@pytest.mark.parametrize(("mode", "reads"), [("phase1", 3), ("phase2", 1)])
-def test_inner_step_that_cannot_skip_on_the_device_reads_once_a_visit(recorder: HostReads, mode, reads):  # noqa: F811
+@pytest.mark.parametrize("weighting", [None, "mgda"])
+@pytest.mark.parametrize("mode", ["phase1", "phase2"])
+def test_step_that_lacks_a_task(recorder: HostReads, mode, weighting):  # noqa: F811
+    step(mode, present=("c", "a"), weighting=weighting)
+    assert recorder.reads == []
+
+
+@pytest.mark.parametrize("mode", ["phase1", "phase2"])
+def test_inner_step_that_cannot_skip_on_the_device_reads_once_a_visit(recorder: HostReads, mode):  # noqa: F811
     with contextlib.suppress(*REFUSALS):  # there is no value to read
         step(mode, fused=False)
     assert len(recorder.reads) == 1  # of the first visit

@@ -288,7 +288,6 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                 loss, row = self._gradients(task, run, params, scaler)
                 losses.append(loss)
                 rows.append(row)
-                del row  # a second name would make its gradients look shared
             if info.phase == 2:
                 self._decide_layers(tasks)
             with torch.no_grad():
