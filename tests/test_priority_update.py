@@ -416,6 +416,31 @@ def test_explicit_mapping_equals_what_is_found():
     assert not torch.equal(partly.encoder[3].weight, twin.encoder[3].weight)
 
 
+@pytest.mark.parametrize("how", ["unfrozen", "added"])
+def test_layers_are_found_again_for_new_parameters(how):
+    model, reference = task_net(), task_net()
+    weight = model.encoder[3].weight
+    if how == "unfrozen":
+        weight.requires_grad_(False)
+    held = [p for p in model.parameters() if how == "unfrozen" or p is not weight]
+    optimizer = TaskPriorityOptimizer(torch.optim.SGD(held, 0.0), model, mode="phase2")  # nothing moves but statistics
+    optimizer.step(closures(model))
+    assert list(optimizer.layers) == ["encoder.0.weight"]
+    if how == "unfrozen":
+        weight.requires_grad_(True)
+    else:
+        optimizer.add_param_group({"params": [weight]})
+        assert optimizer.optimizer.param_groups[1]["params"] == [weight]
+    with pytest.raises(ValueError, match="layers are found in the first batch"):
+        optimizer.step(closures(model, tasks=("a",)))
+    optimizer.step(closures(model))
+    assert list(optimizer.layers) == ["encoder.0.weight", "encoder.3.weight"]
+    expected = TaskPriorityOptimizer(torch.optim.SGD(reference.parameters(), 0.0), reference, mode="phase2")
+    expected.step(closures(reference))
+    expected.step(closures(reference))
+    assert torch.equal(weight.grad, reference.encoder[3].weight.grad)
+
+
 def test_frozen_parameters_stay():
     model = task_net()
     model.encoder[3].weight.requires_grad_(False)
@@ -426,6 +451,72 @@ def test_frozen_parameters_stay():
         assert torch.equal(model.encoder[3].weight, before)
         assert model.encoder[3].weight.grad is None
     assert list(optimizer.layers) == ["encoder.0.weight"]
+
+
+class Transformer(torch.nn.Module):
+    """One pre-norm block with an embedding before and heads behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Linear(3, 8)
+        self.norm1, self.norm2, self.last = (torch.nn.LayerNorm(8) for _ in range(3))
+        self.mix, self.up, self.down = torch.nn.Linear(8, 8), torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.heads = torch.nn.ModuleDict({task: torch.nn.Linear(8, 1) for task in TASKS})
+
+    def forward(self, x: torch.Tensor, task: str) -> torch.Tensor:
+        x = self.embed(x)
+        x = x + self.mix(self.norm1(x))
+        x = x + self.down(torch.tanh(self.up(self.norm2(x))))
+        return self.heads[task](self.last(x).mean(1))
+
+
+def test_transformer_with_the_extension():
+    """Phase 2 of every linear layer: the double loop over top tasks by the definitions of the docs."""
+    model = Transformer().double()
+    mtl.nn.to_task_norms(model, TASKS, layer_norms=True)
+    for _, norm in mtl.nn.task_norms(model):
+        for scale in norm.weight:
+            torch.nn.init.uniform_(scale, 0.2, 2.0)
+    before = copy.deepcopy(model)
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+
+    def loss(net: Transformer, task: str) -> torch.Tensor:
+        return (net(x, task) - float(ord(task) - ord("b"))).square().mean()
+
+    optimizer = TaskPriorityOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, mode="phase2")
+    optimizer.step({task: lambda task=task: loss(model, task) for task in TASKS})
+    sides = {name: layer.side for name, layer in optimizer.layers.items()}
+    assert sides == {
+        f"{name}.weight": side for name, side in (("embed", "after"), ("mix", "after"), ("up", "before"), ("down", "after"))
+    }
+    norms = {"embed": "norm1", "mix": "norm2", "up": "norm2", "down": "last"}
+    grads = []
+    for task in TASKS:
+        twin = copy.deepcopy(before)
+        with mtl.nn.task(task):
+            loss(twin, task).backward()
+        grads.append(twin)
+    for layer, norm in norms.items():
+        weight = getattr(before, layer).weight.detach()
+        scales = [scale.detach() for scale in getattr(before, norm).weight]
+        rows = [(weight * g if layer == "up" else weight * g[:, None]).square().sum(1) for g in scales]
+        top = torch.stack([row / row.sum() for row in rows]).argmax(0).tolist()
+        assert len(set(top)) > 1
+        expected = plain_combine([getattr(twin, layer).weight.grad for twin in grads], top)
+        torch.testing.assert_close(getattr(model, layer).weight.grad, expected, rtol=0, atol=1e-13)
+
+
+def test_checkpointed_encoder_runs_again_for_its_task():
+    model, twin = task_net(), task_net()
+    plain = twin.encoder.forward
+    twin.encoder.forward = lambda x: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+    for net in (model, twin):
+        optimizer = make(net)
+        optimizer.step(closures(net))
+    assert len(optimizer.layers) == 2
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_mixed_precision_forward():

@@ -62,8 +62,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         draw: whether P is drawn for each ``"batch"``, as in the released code, or each ``"epoch"``, as the paper's text.
         tasks: the task names. None: those of the model's task norms, or the keys of the first step.
         layers: {weight: the task norm after it}, or :class:`mtlkernels.nn.Layer` objects. None: found from the graphs of the
-            first step, as :func:`mtlkernels.nn.find_layers` says, which needs eager mode and every task; ``.layers`` and
-            :meth:`describe` list them.
+            first step, as :func:`mtlkernels.nn.find_layers` says, which needs eager mode and every task, and again after
+            parameters are added or unfrozen; ``.layers`` and :meth:`describe` list them.
         weighting: combines the gradients of phase 2 instead of priority, over all parameters that two or more tasks reach.
         loss_weights: {task: positive number}, multiplies the task's loss in both phases; 1 for others.
         skip_degenerate: whether a layer with one top task for all channels gets the plain sum, as in the released code.
@@ -119,6 +119,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         self.weighting = None if weighting is None else as_weighting(weighting).to(self.device)
         self.loss_weights = dict(loss_weights or {})
         self._layers = None if layers is None else self._held(given_layers(layers))
+        self._layers_given = layers is not None
+        self._live: set[int] = set()  # what the layers were found among
         self._found: dict[Task, dict[int, Layer]] = {}
         self._tasks_given = tasks is not None
         self.tasks = self._names(tasks)
@@ -192,6 +194,12 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                 )
         return layers
 
+    def _find_again(self) -> None:
+        """Forgets found layers where parameters were added or unfrozen since."""
+        live = {id(p) for p in self.params if p.requires_grad}
+        if not self._layers_given and not live <= self._live:
+            self._layers, self._found, self._live = None, {}, live
+
     def _decide_layers(self, tasks: tuple[Task, ...]) -> None:
         """Takes the layers that every task's graph has shown, once all have."""
         if self._layers is not None:
@@ -246,6 +254,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         check_single_process(self.params)
         if self.gradients == "autograd":
             check_hooks(self.params, self.name_of)
+        self._find_again()
         drawn, names = self.phases.state_dict(), self.tasks
         before = Transaction(self.optimizer) if self.transactional else None
         whole = (Snapshot(self.params, self._state_of_weighting), Statistics(self.model)) if self.transactional else ()
