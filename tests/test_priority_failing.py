@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from multitask_models import Tracking, assert_equal
+from multitask_models import Given, Tracking, assert_equal
 from priority_models import TASKS, ConvNet, closures, task_loss, task_net
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -320,6 +320,26 @@ def test_skipped_phase_2_changes_nothing(name, weighting, factor):
     assert_equal(after[count + parameters :], before[count + parameters :])
     assert model.encoder[1].running_var.isfinite().all()
     assert not optimizer.step(closures(model, 8)).skipped.any()
+
+
+def test_bad_task_skips_phase_2_whatever_its_weight():
+    seen = []
+
+    class Sees(Given):
+        def weights(self, gram, active, losses, seed):
+            seen.append(gram.clone())
+            return super().weights(gram, active, losses, seed)
+
+    model = task_net()
+    model.heads.requires_grad_(False)  # whose gradients would show it
+    for _, norm in mtl.nn.task_norms(model):
+        norm.requires_grad_(False)
+    optimizer = make(model, "phase2", weighting=Sees([1.0, 0.0, 1.0]))
+    before = [p.detach().clone() for p in model.parameters()]
+    assert optimizer.step(bad_closures(model, "b", torch.nan)).skipped.tolist() == [True]
+    assert_equal(list(model.parameters()), before)
+    assert seen[-1].isfinite().all()
+    assert not optimizer.step(closures(model)).skipped.any()
 
 
 def test_statistics_of_a_bad_input_do_not_stay():

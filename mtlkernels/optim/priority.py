@@ -392,7 +392,9 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         for k, loss in enumerate(losses):
             if loss is None:
                 active[k].fill_(False)  # not from a list, which would be a copy to the device that the host waits for
-        return weighting(gram, active=active, losses=torch.where(active, values, 0.0))
+        finite = (gram.diagonal() < torch.inf).all()  # squared norms: false for inf and NaN
+        weights = weighting(torch.where(finite, gram, 0.0), active=active, losses=torch.where(active, values, 0.0))
+        return torch.where(finite, weights, torch.nan)  # which the update shows, even where a weight was to be 0
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 
