@@ -42,4 +42,30 @@ const int64_t* tops_of(const Layers& layers, const Columns& columns, int64_t n) 
   return static_cast<const int64_t*>(top->const_data_ptr());
 }
 
+void check_strengths(const Tensor& squares, const std::vector<Tensor>& scales, const std::vector<Tensor>& running_vars) {
+  using torch::headeronly::ScalarType;
+  const auto device = [](const Tensor& tensor) {
+    std::pair<int32_t, int32_t> result;
+    check_torch(aoti_torch_get_device_type(tensor.get(), &result.first));
+    check_torch(aoti_torch_get_device_index(tensor.get(), &result.second));
+    return result;
+  };
+  require(scales.size() == running_vars.size(), "running_vars has the wrong number of tensors");
+  require(squares.scalar_type() == ScalarType::Double, "squares is not float64");
+  int64_t channels = 0;
+  for (size_t n = 0; n < scales.size(); ++n) {
+    const Tensor &scale = scales[n], &variance = running_vars[n];
+    const auto dtype = scale.scalar_type();
+    require(scale.dim() == 2 && variance.dim() == 2, "scale or running_var is not [K, C]", -1, int64_t(n));
+    require(scale.size(0) == variance.size(0) && scale.size(1) == variance.size(1), "scale and running_var differ in shape", -1,
+            int64_t(n));
+    require(dtype == ScalarType::Float || dtype == ScalarType::Double, "scale is not float32 or float64", -1, int64_t(n));
+    require(dtype == variance.scalar_type(), "scale and running_var differ in dtype", -1, int64_t(n));
+    require(device(scale) == device(squares) && device(variance) == device(squares), "is on another device than squares", -1,
+            int64_t(n));
+    channels += scale.size(1);
+  }
+  require(squares.dim() == 1 && squares.numel() == channels, "squares is not one value for each channel");
+}
+
 }  // namespace mtlkernels

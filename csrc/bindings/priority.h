@@ -25,4 +25,8 @@ void priority_combine_into(const std::vector<Tensor>& out, const Layers& layers,
 /// Checks the top tasks of tensor `n` against its channels. Returns their memory, null where there are none.
 const int64_t* tops_of(const Layers& layers, const Columns& columns, int64_t n);
 
+/// Checks the operands of connection_strength: float64 squares of all channels, and for each layer scale and variance [K, C],
+/// both float32 or both float64, on one device.
+void check_strengths(const Tensor& squares, const std::vector<Tensor>& scales, const std::vector<Tensor>& running_vars);
+
 }  // namespace mtlkernels

@@ -137,27 +137,19 @@ void strength_of_layer(const double* squares, const std::vector<double>& scale, 
 
 std::tuple<Tensor, Tensor> connection_strength_cpu(Tensor squares, std::vector<Tensor> scales, std::vector<Tensor> running_vars,
                                                    double eps) {
-  const std::vector<double> square = read_matrix(squares, "squares is not float32 or float64 on the CPU");
-  require(scales.size() == running_vars.size(), "running_vars has the wrong number of tensors");
-  int64_t total = 0, channels = 0;
-  for (size_t n = 0; n < scales.size(); ++n) {
-    const Tensor &scale = scales[n], &variance = running_vars[n];
-    require(scale.dim() == 2 && variance.dim() == 2, "scale or running_var is not [K, C]", -1, int64_t(n));
-    require(scale.size(0) == variance.size(0) && scale.size(1) == variance.size(1), "scale and running_var differ in shape", -1,
-            int64_t(n));
-    total += scale.numel();
-    channels += scale.size(1);
-  }
-  require(int64_t(square.size()) == channels, "squares has the wrong size");
+  check_strengths(squares, scales, running_vars);
+  int64_t total = 0;
+  for (const Tensor& scale : scales) total += scale.numel();
+  const std::vector<double> square = read_matrix(squares, "squares is not on the CPU");
   Tensor strengths = zeros({total});
-  Tensor top = torch::stable::new_empty(squares, {channels}, torch::headeronly::ScalarType::Long);
+  Tensor top = torch::stable::new_empty(squares, {squares.numel()}, torch::headeronly::ScalarType::Long);
   double* strength = static_cast<double*>(strengths.mutable_data_ptr());
   int64_t first = 0, *tasks = static_cast<int64_t*>(top.mutable_data_ptr());
   for (size_t n = 0; n < scales.size(); ++n) {
     const int64_t num_tasks = scales[n].size(0), own = scales[n].size(1);
-    strength_of_layer(square.data() + first, read_matrix(scales[n], "scale is not float32 or float64 on the CPU"),
-                      read_matrix(running_vars[n], "running_var is not float32 or float64 on the CPU"), num_tasks, own, eps,
-                      strength, tasks + first);
+    strength_of_layer(square.data() + first, read_matrix(scales[n], "scale is not on the CPU"),
+                      read_matrix(running_vars[n], "running_var is not on the CPU"), num_tasks, own, eps, strength,
+                      tasks + first);
     strength += num_tasks * own;
     first += own;
   }
