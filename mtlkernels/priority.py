@@ -122,7 +122,11 @@ def connection_strength(
         ValueError: lists of different lengths, shapes that do not fit, no task, or integers.
     """
     single = isinstance(weight, Tensor)
-    given = [[tensors] if isinstance(tensors, Tensor) else list(tensors) for tensors in (weight, scale, running_var)]
+    given = []
+    for name, tensors in (("weight", weight), ("scale", scale), ("running_var", running_var)):
+        if not isinstance(tensors, Tensor | Sequence):
+            raise ValueError(f"{name} is a {type(tensors).__name__}; pass a tensor, or one for each layer.")
+        given.append([tensors] if isinstance(tensors, Tensor) else list(tensors))
     check_layers(*given)
     weights, scales, variances = ([t.detach() for t in tensors] for tensors in given)
     wide = [reduce(torch.promote_types, (a.dtype, b.dtype, torch.float32)) for a, b in zip(scales, variances, strict=True)]
@@ -155,6 +159,7 @@ def _combine_layer(rows: Tensor, top: Tensor, skip_degenerate: bool) -> Tensor:
 
 
 def _priority_combine_reference(flat: Flat, top: Tops, num_tasks: int, skip_degenerate: bool) -> list[Tensor]:
+    check_gradients(_nest(flat, num_tasks))
     columns = _columns(flat, num_tasks)
     check_tops(top, columns)
     results = []
