@@ -130,7 +130,7 @@ def accuracy_plane(
             raise ValueError(f"points[{name!r}] has shape {seeds.shape}; pass [seeds, 2].")
         mean = seeds.mean(0)
         axes.scatter(seeds[:, 0], seeds[:, 1], s=22, color=colour, marker=marker, alpha=0.3, linewidths=0)
-        size = max(40, 150 - 20 * n)  # a mark on top leaves the edge of the one below in sight
+        size = max(70, 150 - 20 * n)  # a mark on top leaves the edge of the one below in sight
         axes.scatter(*mean, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=3, label=name)
     axes.set_xlabel(f"{tasks[0]}, %")
     axes.set_ylabel(f"{tasks[1]}, %")
