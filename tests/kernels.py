@@ -101,7 +101,21 @@ def _mix(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: mtl.mix(grads, coefficients), [row[0] for row in grads], CHUNK)
 
 
-OPS = {"gram": _gram, "cross_gram": _cross_gram, "gram per channel": _gram_per_channel, "combine": _combine, "mix": _mix}
+def _priority_combine(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype, (64, 64, 3, 3)), [torch.empty(64, 64, 3, 3, dtype=dtype)]
+    top = [torch.arange(64) % num_tasks]
+    run = lambda: mtl.priority_combine(grads, top, skip_degenerate=False, out=out)  # noqa: E731
+    return Call(run, [*(row[0] for row in grads), *out], 64 * 64 * 9)
+
+
+OPS = {
+    "gram": _gram,
+    "cross_gram": _cross_gram,
+    "gram per channel": _gram_per_channel,
+    "combine": _combine,
+    "mix": _mix,
+    "priority_combine": _priority_combine,
+}
 """Op on gradients -> its representative call."""
 
 
@@ -137,6 +151,7 @@ OPS_ON_GRAM = {
     "upgrad_weights": _of_gram(lambda g: _ops.upgrad_weights(g.double(), None, None)),
     "dualproj_weights": _of_gram(lambda g: _ops.dualproj_weights(g.double(), None, None)),
     "pcd_weights": _of_gram(lambda g: _ops.pcd_weights(g.double(), None, g.new_zeros(len(g)).double())),
+    "connection_strength": _of_gram(lambda g: _ops.connection_strength(g.double().diagonal(), [g], [g.abs()], 1e-5)),
 }
 """Op of the K x K stage -> its representative call."""
 

@@ -2,6 +2,7 @@
 // tensors' device.
 
 #include <algorithm>
+#include <cstring>
 
 #include "cuda_call.h"
 #include "priority.h"
@@ -36,15 +37,15 @@ void run(const Layers& layers, std::vector<Tensor>& out) {
     const int64_t numel = columns[n].layout.numel;
     tops.push_back(tops_of(layers, columns, n));
     const int64_t channels = tops[n] && numel > 0 ? columns.channels(n) : 1;  // without top tasks: one long channel
-    shapes.emplace_back(channels, std::max<int64_t>(numel / channels, 1), element_size(columns[n].dtype));
-    if (tops[n]) scratch_size += (shapes[n].blocks() * num_tasks + 1) * num_tasks;
+    shapes.push_back(priority_shape(channels, std::max<int64_t>(numel / channels, 1), element_size(columns[n].dtype)));
+    if (tops[n]) scratch_size += (shapes[n].blocks * num_tasks + 1) * num_tasks;
   }
   const Tensor scratch = new_empty(out[0], scratch_size, ScalarType::Double);
   Tensor state = new_empty(out[0], 2 * columns.size(), ScalarType::Int);
   torch::stable::zero_(state);
   double* free_scratch = static_cast<double*>(scratch.mutable_data_ptr());
   int32_t* free_state = static_cast<int32_t*>(state.mutable_data_ptr());
-  const int64_t num_pointers = num_tasks + 5;
+  const int64_t num_pointers = num_tasks + 3 + kPriorityShapeWords;
   std::vector<void*> pointers(columns.size() * num_pointers);
   for (DType dtype : kDTypes) {
     std::vector<PlannedTensor> tensors;
@@ -56,10 +57,9 @@ void run(const Layers& layers, std::vector<Tensor>& out) {
       own[num_tasks] = columns.output(n).rows[0];
       own[num_tasks + 1] = const_cast<int64_t*>(tops[n]);
       own[num_tasks + 2] = free_scratch;
-      own[num_tasks + 3] = reinterpret_cast<void*>(shape.channels);
-      own[num_tasks + 4] = reinterpret_cast<void*>(shape.rest);
-      tensors.push_back({own, shape.blocks() * (tops[n] ? 2 : 1)});
-      if (tops[n]) free_scratch += (shape.blocks() * num_tasks + 1) * num_tasks;
+      std::memcpy(own + num_tasks + 3, &shape, sizeof(shape));
+      tensors.push_back({own, shape.blocks * (tops[n] ? 2 : 1)});
+      if (tops[n]) free_scratch += (shape.blocks * num_tasks + 1) * num_tasks;
     }
     if (tensors.empty()) continue;
     const char* error = cuda::priority_combine(dtype, tensors, int(num_tasks), layers.skip_degenerate, free_state,

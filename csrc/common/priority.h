@@ -20,32 +20,32 @@ constexpr int kPriorityWarps = kPriorityThreads / 32;
 constexpr int kPriorityRun = 8;  // short channels of a warp, at most
 
 /// A layer cut into warps' shares of at most 512 elements (256 of float64): a slice of one channel, or a run of short ones.
+/// Travels as kPriorityShapeWords words among a layer's pointers, so that no block has to divide for it.
 struct PriorityShape {
   int64_t channels, rest;  // rest: elements of a channel
   int64_t slices;          // of a channel
+  int64_t blocks;          // that go over the layer once
   int32_t length;          // elements of a slice but the last
   int32_t run;             // channels of a warp
-
-  MTL_HOST_DEVICE PriorityShape(int64_t channels, int64_t rest, int64_t element_bytes)
-      : channels(channels), rest(rest), slices(1), length(0), run(1) {
-    const int64_t most = element_bytes == 8 ? 256 : 512, granule = 32 / element_bytes;  // of whole sectors
-    const int64_t equal = (rest + (rest + most - 1) / most - 1) / ((rest + most - 1) / most);
-    length = int32_t((equal + granule - 1) / granule * granule);
-    slices = (rest + length - 1) / length;
-    if (slices == 1) run = int32_t(most / rest < 1 ? 1 : most / rest < kPriorityRun ? most / rest : kPriorityRun);
-  }
-
-  /// Blocks that go over the layer once.
-  MTL_HOST_DEVICE int64_t blocks() const {
-    const int64_t shares = slices > 1 ? channels * slices : (channels + run - 1) / run;
-    return (shares + kPriorityWarps - 1) / kPriorityWarps;
-  }
 };
+constexpr int kPriorityShapeWords = sizeof(PriorityShape) / 8;
+
+inline PriorityShape priority_shape(int64_t channels, int64_t rest, int64_t element_bytes) {
+  const auto divide_up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t most = element_bytes == 8 ? 256 : 512, granule = 32 / element_bytes;  // of whole sectors
+  PriorityShape shape{channels, rest, 1, 0, 0, 1};
+  shape.length = int32_t(divide_up(divide_up(rest, divide_up(rest, most)), granule) * granule);
+  shape.slices = divide_up(rest, shape.length);
+  if (shape.slices == 1) shape.run = int32_t(most / rest < kPriorityRun ? most / rest : kPriorityRun);
+  if (shape.run < 1) shape.run = 1;
+  shape.blocks = divide_up(shape.slices > 1 ? channels * shape.slices : divide_up(channels, shape.run), kPriorityWarps);
+  return shape;
+}
 
 /// Dynamic shared memory of a block: the products of a block's channels, or the sums of all blocks.
 MTL_HOST_DEVICE constexpr int priority_shared_bytes(int num_tasks) {
-  const int products = kPriorityWarps * kPriorityRun * num_tasks, entries = num_tasks * num_tasks;
-  const int most = entries > kPriorityThreads ? entries : kPriorityThreads;
+  const int products = kPriorityWarps * kPriorityRun * num_tasks, entries = num_tasks * (num_tasks + 1);
+  const int most = entries > 2 * kPriorityThreads ? entries : 2 * kPriorityThreads;
   return 8 * (products > most ? products : most);
 }
 

@@ -24,16 +24,18 @@ __global__ void __launch_bounds__(kStrengthThreads) connection_strength(const __
   int64_t* top = static_cast<int64_t*>(pointers[4]);
   const int64_t num_tasks = reinterpret_cast<int64_t>(pointers[5]), channels = reinterpret_cast<int64_t>(pointers[6]);
   for (int64_t i = 0; i < num_tasks; ++i) {
-    const auto connection = [&](int64_t p) {
-      const double own = double(scale[i * channels + p]);
-      return squares[p] * (own * own) / (double(variance[i * channels + p]) + eps);
-    };
     double sum[1] = {0};
-    for (int64_t p = threadIdx.x; p < channels; p += kStrengthThreads) sum[0] += connection(p);
+    double* row = strength + i * channels;
+#pragma unroll 1
+    for (int64_t p = threadIdx.x; p < channels; p += kStrengthThreads) {
+      const double own = double(scale[i * channels + p]);
+      sum[0] += row[p] = squares[p] * (own * own) / (double(variance[i * channels + p]) + eps);
+    }
     block_sum<1>(sum, scratch, total);
-    for (int64_t p = threadIdx.x; p < channels; p += kStrengthThreads)
-      strength[i * channels + p] = total[0] == 0 ? 0.0 : connection(p) / total[0];
+#pragma unroll 1
+    for (int64_t p = threadIdx.x; p < channels; p += kStrengthThreads) row[p] = total[0] == 0 ? 0.0 : row[p] / total[0];
   }
+#pragma unroll 1
   for (int64_t p = threadIdx.x; p < channels; p += kStrengthThreads) {  // a thread's own channels, as above
     double best = -CUDART_INF;
     int64_t task = 0;

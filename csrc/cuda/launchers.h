@@ -26,8 +26,8 @@ const char* mix(DType dtype, const std::vector<PlannedTensor>& tensors, int num_
 
 /// priority_combine for every tensor; the tensors share a dtype. A tensor's pointers are its `num_tasks` gradients
 /// (kPriorityTasks at most; null where absent), its result, its top tasks (null for a plain sum), float64 scratch [blocks *
-/// num_tasks^2 + num_tasks] for the blocks() of its PriorityShape, and the shape's channels and rest as integers; its size is
-/// blocks(), twice that with top tasks. `state` [2 * tensors] int32, zeroed. Otherwise as combine.
+/// num_tasks^2 + num_tasks], and the words of its PriorityShape; its size is the shape's blocks, twice that with top tasks.
+/// `state` [2 * tensors] int32, zeroed. Otherwise as combine.
 const char* priority_combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_tasks, bool skip_degenerate,
                              int32_t* state, Stream stream);
 

@@ -11,7 +11,7 @@ const char* priority_combine(DType dtype, const std::vector<PlannedTensor>& tens
   const Kernel kernels[] = {mtlkernels::priority_combine<float>, mtlkernels::priority_combine<BFloat16>,
                             mtlkernels::priority_combine<__half>, mtlkernels::priority_combine<double>};
   const Kernel kernel = kernels[int(dtype)];
-  for (const Launch& launch : plan_launches(tensors, num_tasks + 5, 1)) {
+  for (const Launch& launch : plan_launches(tensors, num_tasks + 3 + kPriorityShapeWords, 1)) {
     kernel<<<launch.num_blocks, kPriorityThreads, priority_shared_bytes(num_tasks), static_cast<cudaStream_t>(stream)>>>(
         launch.table, state + 2 * launch.table.first_tensor, skip_degenerate);
     if (const char* error = last_error()) return error;

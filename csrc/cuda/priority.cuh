@@ -7,8 +7,9 @@
 // start, so that those they wait for run already, whatever runs beside them. The second reading of a layer finds in the L2
 // cache what has been read since the layer began and still lies there: a layer that fits is read from memory once.
 //
-// Products and their sums are float64, exact products of float32: K for an element, not K (K + 1) / 2. Sums of rows are
-// float32 (float64 for float64 gradients), in the order of k. The result may be one of the rows.
+// Products and the sums of a warp's share, at most 512 of them, are float32 (float64 for float64 gradients); all beyond is
+// float64. A share whose products leave float32's range is summed again in float64. Sums of rows are float32 (float64), in the
+// order of k. The result may be one of the rows.
 
 #include "../common/launch_plan.h"
 #include "../common/priority.h"
@@ -18,7 +19,7 @@
 namespace mtlkernels {
 
 /// What a tensor's pointers mean: a gradient per task, the result, the top tasks (int64; null for a plain sum), float64 scratch
-/// [blocks][K][K] for the products and [K] for the alphas, and the numbers of channels and of elements of a channel.
+/// [blocks][K][K] for the products and [K] for the alphas, and the words of its shape.
 template <typename T>
 struct PriorityLayer {
   void* const* pointers;
@@ -26,13 +27,14 @@ struct PriorityLayer {
   PriorityShape shape;
 
   __device__ PriorityLayer(const TensorTable& table, int tensor)
-      : pointers(table.pointers(tensor)), num_tasks(table.num_pointers - 5), shape(integer(3), integer(4), sizeof(T)) {}
-  __device__ int64_t integer(int place) const { return reinterpret_cast<int64_t>(pointers[num_tasks + place]); }
+      : pointers(table.pointers(tensor)),
+        num_tasks(table.num_pointers - 3 - kPriorityShapeWords),
+        shape(*reinterpret_cast<const PriorityShape*>(pointers + num_tasks + 3)) {}
   __device__ const T* row(int k) const { return k < num_tasks ? static_cast<const T*>(pointers[k]) : nullptr; }
   __device__ T* result() const { return static_cast<T*>(pointers[num_tasks]); }
   __device__ const int64_t* top() const { return static_cast<const int64_t*>(pointers[num_tasks + 1]); }
   __device__ double* products() const { return static_cast<double*>(pointers[num_tasks + 2]); }
-  __device__ double* alphas() const { return products() + shape.blocks() * num_tasks * num_tasks; }
+  __device__ double* alphas() const { return products() + shape.blocks * num_tasks * num_tasks; }
   /// The top task of a channel; -1 where it is no task, or has no gradient.
   __device__ int top_task(int64_t channel) const {
     const int64_t task = top() ? top()[channel] : -1;
@@ -85,13 +87,15 @@ struct Share {
 /// Rows that a warp loads at a time.
 constexpr int kRowsAtOnce = 2;
 
-/// products[k] = <row top, row k> over a share, for all tasks. Contract: every lane of the warp calls it with the same
-/// arguments; `products` are written by lane 0.
+/// products[k] = <row top, row k> over a share, for all tasks. Returns whether float32 has left its range: a sum overflowed or
+/// is no number, or the top task's square is so small that products underflowed.
+/// Contract: every lane of the warp calls it with the same arguments; `products` are written by lane 0.
 template <typename T, bool aligned>
-__device__ inline void products_of_share(const PriorityLayer<T>& layer, const Share<T, aligned>& share, int top,
+__device__ inline bool products_of_share(const PriorityLayer<T>& layer, const Share<T, aligned>& share, int top,
                                          double* products) {
   Packed<T> own[kShare<T>];
   share.load(layer.row(top), own);
+  bool uncertain = false;
 #pragma unroll 1
   for (int first = 0; first < layer.num_tasks; first += kRowsAtOnce) {
     Packed<T> other[kRowsAtOnce][kShare<T>];
@@ -100,15 +104,41 @@ __device__ inline void products_of_share(const PriorityLayer<T>& layer, const Sh
       if (first + r != top && layer.row(first + r)) share.load(layer.row(first + r), other[r]);
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      double sum = 0;
+      if (first + r == top)
+#pragma unroll
+        for (int v = 0; v < kShare<T>; ++v) other[r][v] = own[v];
+      Sum<T> sum = 0;
 #pragma unroll
       for (int v = 0; v < kShare<T>; ++v)
 #pragma unroll
-        for (int l = 0; l < kLanes<T>; ++l)
-          sum += double(widen(own[v].values[l])) * double(widen(first + r == top ? own[v].values[l] : other[r][v].values[l]));
+        for (int l = 0; l < kLanes<T>; ++l) sum += widen(own[v].values[l]) * widen(other[r][v].values[l]);
       sum = warp_sum(sum);
-      if (threadIdx.x % kWarpSize == 0 && first + r < layer.num_tasks) products[first + r] = sum;
+      if (threadIdx.x % kWarpSize != 0 || first + r >= layer.num_tasks) continue;
+      products[first + r] = double(sum);
+      uncertain |= !(fabs(sum) < Sum<T>(0x1p127)) || (first + r == top && sum < Sum<T>(0x1p-96));
     }
+  }
+  if (sizeof(Sum<T>) == 8 || !__any_sync(0xffffffffu, uncertain)) return false;
+  bool nonzero = false;
+#pragma unroll
+  for (int v = 0; v < kShare<T>; ++v)
+#pragma unroll
+    for (int l = 0; l < kLanes<T>; ++l) nonzero |= widen(own[v].values[l]) != 0;
+  return __any_sync(0xffffffffu, nonzero);
+}
+
+/// The same in float64, element by element; rare, so small rather than fast.
+template <typename T>
+__device__ inline void products_in_float64(const PriorityLayer<T>& layer, int64_t begin, int count, int top, double* products) {
+#pragma unroll 1
+  for (int k = 0; k < layer.num_tasks; ++k) {
+    const T *own = layer.row(top) + begin, *other = layer.row(k);
+    double sum = 0;
+#pragma unroll 1
+    for (int e = threadIdx.x % kWarpSize; other && e < count; e += kWarpSize)
+      sum += double(widen(own[e])) * double(widen(other[begin + e]));
+    sum = warp_sum(sum);
+    if (threadIdx.x % kWarpSize == 0) products[k] = sum;
   }
 }
 
@@ -134,14 +164,20 @@ __device__ inline void combine_share(const PriorityLayer<T>& layer, const Share<
     }
   }
   Packed<T> result[kShare<T>];
+  const bool wide = !(fabs(alpha) < 0x1p100);  // float32 cannot hold it, what it adds it may
 #pragma unroll
-  for (int v = 0; v < kShare<T>; ++v)
+  for (int v = 0; v < kShare<T>; ++v) {
 #pragma unroll
     for (int l = 0; l < kLanes<T>; ++l) {
-      // In float64, since alpha need not be within the range of float32.
-      const double projected = alpha == 0 ? 0 : alpha * double(widen(own[v].values[l]));
-      narrow(Sum<T>(double(sums[v][l]) + projected), result[v].values[l]);
+      const Sum<T> value = widen(own[v].values[l]);
+      if (wide) {
+        sums[v][l] = Sum<T>(double(sums[v][l]) + alpha * double(value));
+      } else if (top >= 0) {
+        sums[v][l] += Sum<T>(alpha) * value;
+      }
+      narrow(sums[v][l], result[v].values[l]);
     }
+  }
   share.store(layer.result(), result);
 }
 
@@ -154,14 +190,17 @@ __device__ inline void for_shares(const PriorityLayer<T>& layer, int64_t block, 
   for (int k = 0; k < layer.num_tasks; ++k) aligned &= is_aligned(layer.row(k));
   const int warp = threadIdx.x / kWarpSize;
   const int64_t number = block * kPriorityWarps + warp;
-  const int64_t slice = shape.slices > 1 ? number % shape.slices : 0;
-  const int64_t first = shape.slices > 1 ? number / shape.slices : number * shape.run;
+  int64_t first = number * shape.run, slice = 0;
+  if (shape.slices > 1) {
+    first = number >> 32 ? number / shape.slices : uint32_t(number) / uint32_t(shape.slices);
+    slice = number - first * shape.slices;
+  }
   const int64_t offset = slice * shape.length, left = shape.rest - offset;
   const int count = int(left < shape.length ? left : shape.length);
 #pragma unroll 1
   for (int r = 0; r < shape.run && first + r < shape.channels; ++r) {
     const int64_t begin = (first + r) * shape.rest + offset;
-    if (aligned && begin % kLanes<T> == 0 && count % kLanes<T> == 0) {
+    if (aligned && (begin | count) % kLanes<T> == 0) {
       visit(Share<T, true>{begin, count}, first + r, warp * shape.run + r);
     } else {
       visit(Share<T, false>{begin, count}, first + r, warp * shape.run + r);
@@ -181,7 +220,11 @@ __device__ inline void products_of_block(const PriorityLayer<T>& layer, int64_t 
   for_shares(layer, block, [&](const auto& share, int64_t channel, int slot) {
     const int top = layer.top_task(channel);
     if (top < 0) return;
-    products_of_share(layer, share, top, shared + slot * num_tasks);
+    double* products = shared + slot * num_tasks;
+    if (products_of_share(layer, share, top, products)) {
+      __syncwarp();  // the sums are stored before others take their place
+      products_in_float64(layer, share.begin, share.count, top, products);
+    }
     if (threadIdx.x % kWarpSize == 0) tops[slot] = top;
   });
   __syncthreads();
@@ -197,28 +240,29 @@ __device__ inline void products_of_block(const PriorityLayer<T>& layer, int64_t 
 
 /// Turns the products of all blocks of a layer into its alphas. Loads past the first-level cache, which knows nothing of what
 /// other multiprocessors have written.
-/// Contract: all threads of the block call it; `shared` holds max(K * K, kPriorityThreads) values; barriers inside. Order:
+/// Contract: all threads of the block call it; `shared` holds K (K + 1) and 2 kPriorityThreads values; barriers inside. Order:
 /// blocks by remainder, then ascending.
 template <typename T>
 __device__ inline void finish_layer(const PriorityLayer<T>& layer, bool skip_degenerate, double* shared) {
-  const int num_tasks = layer.num_tasks, entries = num_tasks * num_tasks;
-  const int64_t blocks = layer.shape.blocks();
+  const int num_tasks = layer.num_tasks, entries = num_tasks * num_tasks, padded = entries + num_tasks;
+  const int64_t blocks = layer.shape.blocks;
   const int groups = entries < kPriorityThreads ? kPriorityThreads / entries : 1;
+  const auto place = [&](int entry) { return entry + entry / num_tasks; };  // rows in different banks
   for (int at = threadIdx.x; at < groups * entries; at += kPriorityThreads) {
     double sum = 0;
     for (int64_t block = at / entries; block < blocks; block += groups)
       sum += __ldcg(layer.products() + block * entries + at % entries);
-    shared[at] = sum;
+    shared[at / entries * padded + place(at % entries)] = sum;
   }
   __syncthreads();
   for (int entry = threadIdx.x; entry < entries; entry += kPriorityThreads)  // in place: others read other entries
-    for (int group = 1; group < groups; ++group) shared[entry] += shared[group * entries + entry];
+    for (int group = 1; group < groups; ++group) shared[place(entry)] += shared[group * padded + place(entry)];
   bool differs = !skip_degenerate;
   for (int64_t channel = threadIdx.x; channel < layer.shape.channels; channel += kPriorityThreads)
     differs |= layer.top()[channel] != layer.top()[0];
   differs = __syncthreads_or(differs);
   for (int i = threadIdx.x; i < num_tasks; i += kPriorityThreads)
-    layer.alphas()[i] = differs ? priority_alpha(shared + i * num_tasks, i, num_tasks) : 0;
+    layer.alphas()[i] = differs ? priority_alpha(shared + place(i * num_tasks), i, num_tasks) : 0;
 }
 
 /// Counts a block's work as done, visible to all that see the count. Returns how many were before.
@@ -256,7 +300,7 @@ __global__ void __launch_bounds__(kPriorityThreads, 2)
   __syncthreads();
   const Chunk chunk = find_chunk(table, number, 1);
   const PriorityLayer<T> layer(table, chunk.tensor);
-  const int32_t blocks = int32_t(layer.shape.blocks());
+  const int32_t blocks = int32_t(layer.shape.blocks);
   int32_t* done = state + 1 + chunk.tensor;
   if (layer.top() && chunk.begin < blocks) {
     products_of_block(layer, chunk.begin, shared);
