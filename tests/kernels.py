@@ -42,10 +42,13 @@ BELOW_BAR = [
     (r"gram_chunks<(BFloat16|__half),[34]>", "B200", FEW_WARPS),
     (r"gram_chunks<double,4>", "B200", FEW_WARPS),
     (r"mix<(BFloat16|__half)>", "B200", FEW_WARPS),
+    (r"priority_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
+    (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
 AGAIN = "past 8 tasks, groups of rows are read again from the cache; and channels are short"
+SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 cache when they come again"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
@@ -56,6 +59,9 @@ SLOWER_THAN_DRAM = [
     ("mix", "A100 H100", 1.9, MANY_RESULTS),
     ("mix", "H200", 2.5, MANY_RESULTS),
     ("mix", "B200", 3.6, MANY_RESULTS),
+    ("priority_combine", "A100 H100", 1.3, SHORT_BLOCKS),
+    ("priority_combine", "H200", 1.7, SHORT_BLOCKS),
+    ("priority_combine", "B200", 2.6, SHORT_BLOCKS),
 ]
 """(op, chips, factor, why): what may take that much longer than DRAM does, in float32 and bfloat16, with 2 to 16 tasks."""
 
@@ -102,10 +108,13 @@ def _mix(num_tasks: int, dtype: torch.dtype) -> Call:
 
 
 def _priority_combine(num_tasks: int, dtype: torch.dtype) -> Call:
-    grads, out = _gradients(num_tasks, dtype, (64, 64, 3, 3)), [torch.empty(64, 64, 3, 3, dtype=dtype)]
-    top = [torch.arange(64) % num_tasks]
-    run = lambda: mtl.priority_combine(grads, top, skip_degenerate=False, out=out)  # noqa: E731
-    return Call(run, [*(row[0] for row in grads), *out], 64 * 64 * 9)
+    shape = (128, 512, 1, 1)  # a convolution of ResNet-50
+    grads, out, top = _gradients(num_tasks, dtype, shape), [torch.empty(shape, dtype=dtype)], [torch.arange(128) % num_tasks]
+
+    def call() -> object:
+        return mtl.priority_combine(grads, top, skip_degenerate=False, out=out)
+
+    return Call(call, [*(row[0] for row in grads), *out], out[0].numel())
 
 
 OPS = {
