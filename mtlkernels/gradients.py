@@ -118,17 +118,18 @@ def _clear(tensors: Iterable[Tensor]) -> None:
 
 def graph_nodes(losses: Iterable[Tensor | None]) -> set[str]:
     """Type names of the autograd nodes that the losses reach, for example ``AddmmBackward0``. 0.2 us a node."""
-    return {type(node).__name__ for node in _nodes(losses)}
+    return {type(node).__name__ for node in autograd_nodes(losses)}
 
 
 def graph_leaves(loss: Tensor) -> set[int]:
     """``id`` of each leaf tensor that the graph of a loss reaches, of the loss itself where it is a leaf."""
     if loss.grad_fn is None:
         return {id(loss)}
-    return {id(node.variable) for node in _nodes([loss]) if type(node).__name__ == "AccumulateGrad"}
+    return {id(node.variable) for node in autograd_nodes([loss]) if type(node).__name__ == "AccumulateGrad"}
 
 
-def _nodes(losses: Iterable[Tensor | None]) -> set[Any]:
+def autograd_nodes(losses: Iterable[Tensor | None]) -> set[Any]:
+    """The autograd nodes that the losses, or other results, reach."""
     stack: list[Any] = [loss.grad_fn for loss in losses if loss is not None and loss.grad_fn is not None]
     seen = set(stack)
     while stack:
@@ -252,6 +253,17 @@ def check_grads(params: Iterable[Tensor], name: Callable[[Tensor], str]) -> None
                 f"{tuple(grad.shape)} and on {grad.device}, or its elements share memory; clear it with zero_grad(), or set it "
                 "to a dense tensor like the parameter."
             )
+
+
+def check_dense(tasks: Iterable[object], rows: Rows, params: Sequence[Tensor], name: Callable[[Tensor], str]) -> None:
+    """Raises a ``ValueError`` for the first gradient that no op takes; ``name`` names a parameter."""
+    for task, row in zip(tasks, rows, strict=False):
+        for param, grad in zip(params, row, strict=True):
+            if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+                raise ValueError(
+                    f"the gradient of task {task!r} for the {name(param)} is {grad.layout}, {grad.dtype}; the "
+                    "optimizer takes dense, real ones: build the layer with sparse=False, or on torch.view_as_real."
+                )
 
 
 def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:

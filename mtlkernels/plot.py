@@ -18,6 +18,8 @@ Axes = Any
 Array = NDArray[np.float64]
 
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+TASK_COLOURS = COLOURS[1:]
+"""Of tasks, where no method is black."""
 MARKERS = ("X", "o", "s", "^", "D", "v", "P", "*")
 INK, FAINT = "#333333", "#D9D9D9"
 
@@ -128,11 +130,76 @@ def accuracy_plane(
             raise ValueError(f"points[{name!r}] has shape {seeds.shape}; pass [seeds, 2].")
         mean = seeds.mean(0)
         axes.scatter(seeds[:, 0], seeds[:, 1], s=22, color=colour, marker=marker, alpha=0.3, linewidths=0)
-        size = max(40, 150 - 20 * n)  # a mark on top leaves the edge of the one below in sight
+        size = max(70, 150 - 20 * n)  # a mark on top leaves the edge of the one below in sight
         axes.scatter(*mean, s=size, color=colour, marker=marker, edgecolors="white", linewidths=0.8, zorder=3, label=name)
     axes.set_xlabel(f"{tasks[0]}, %")
     axes.set_ylabel(f"{tasks[1]}, %")
     axes.margins(0.12)
+    return axes.figure
+
+
+def priority_over_time(
+    shares: ArrayLike, tasks: Sequence[str], *, title: str = "Top-priority channels", axes: Axes | None = None
+) -> Figure:
+    """Percentage of all channels whose top task is each task over recorded steps: the mean over seeds, their range as a band.
+
+    Args:
+        shares: [S, T, K] in percent, S seeds of T steps.
+        tasks: K names.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: ``shares`` is not [S, T, K] for K names.
+    """
+    values = np.asarray(shares, dtype=np.float64)
+    if values.ndim != 3 or values.shape[2] != len(tasks):
+        raise ValueError(f"shares has shape {values.shape}; {len(tasks)} tasks take [seeds, steps, {len(tasks)}].")
+    axes = _new_axes(title) if axes is None else _style(axes, title)
+    _curves(axes, {task: values[..., k] for k, task in enumerate(tasks)}, "shares", None, TASK_COLOURS)
+    axes.set_ylabel("channels, %")
+    axes.legend(frameon=False, fontsize=9)
+    return axes.figure
+
+
+def priority_by_depth(
+    shares: ArrayLike,
+    tasks: Sequence[str],
+    layers: Sequence[str] | None = None,
+    *,
+    title: str = "Top-priority channels by depth",
+    axes: Axes | None = None,
+) -> Figure:
+    """Percentage of each layer's channels whose top task is each task, as one bar a layer from the input on.
+
+    Args:
+        shares: [L, K] in percent.
+        tasks: K names.
+        layers: L names; None: their numbers.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: ``shares`` is not [L, K] for the names given.
+    """
+    values = np.asarray(shares, dtype=np.float64)
+    names = [str(n + 1) for n in range(len(values))] if layers is None else list(layers)
+    if values.ndim != 2 or values.shape != (len(names), len(tasks)):
+        raise ValueError(f"shares has shape {values.shape}; pass [{len(names)}, {len(tasks)}].")
+    axes = _new_axes(title) if axes is None else _style(axes, title)
+    places = np.arange(len(names))
+    below = np.zeros(len(names))
+    for k, task in enumerate(tasks):
+        colour = TASK_COLOURS[k % len(TASK_COLOURS)]
+        axes.bar(places, values[:, k], bottom=below, color=colour, width=0.85, label=task)
+        below = below + values[:, k]
+    long = layers is not None and max(map(len, names), default=0) > 3
+    axes.set_xticks(places, names, rotation=60 if long else 0, ha="right" if long else "center", fontsize=8)
+    axes.set_ylim(0, 100)
+    axes.grid(False)
+    axes.set_ylabel("channels, %")
+    axes.set_xlabel("layer, from the input on")
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return axes.figure
 
 
@@ -208,10 +275,12 @@ def _final_matrices(figure: Figure, matrices: Mapping[str, Array], names: Sequen
             axes.set_xticklabels([])
 
 
-def _curves(axes: Axes, curves: Mapping[str, ArrayLike], argument: str, window: int | None) -> None:
+def _curves(
+    axes: Axes, curves: Mapping[str, ArrayLike], argument: str, window: int | None, colours: Sequence[str] = COLOURS
+) -> None:
     length = 1
     for n, (name, values) in enumerate(curves.items()):
-        colour = COLOURS[n % len(COLOURS)]
+        colour = colours[n % len(colours)]
         seeds = np.asarray(values, dtype=np.float64)
         if seeds.ndim != 2:
             raise ValueError(f"{argument}[{name!r}] has shape {seeds.shape}; pass [seeds, steps].")

@@ -38,11 +38,14 @@ BELOW_BAR = [
     (r"gram_channels<(BFloat16|__half),64>", "H100 H200", FEW_WARPS),
     (r"gram_channels<((BFloat16|__half|double),8|.*,64)>", "B200", FEW_WARPS),
     (r"mix<(BFloat16|__half)>", "B200", FEW_WARPS),
+    (r"priority_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
+    (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
 AGAIN = "past 8 tasks, groups of rows are read again from the cache; and channels are short"
 SHORT_CHANNELS = "a warp takes up weights and addresses anew for every channel, and channels are short"
+SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 cache when they come again"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
@@ -54,6 +57,9 @@ SLOWER_THAN_DRAM = [
     ("mix", "A100 H100", 1.9, MANY_RESULTS),
     ("mix", "H200", 2.5, MANY_RESULTS),
     ("mix", "B200", 3.6, MANY_RESULTS),
+    ("priority_combine", "A100 H100", 1.3, SHORT_BLOCKS),
+    ("priority_combine", "H200", 1.7, SHORT_BLOCKS),
+    ("priority_combine", "B200", 2.6, SHORT_BLOCKS),
 ]
 """(op, chips, factor, why): what may take that much longer than DRAM does, in float32 and bfloat16, with 2 to 16 tasks."""
 
@@ -105,6 +111,16 @@ def _mix(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: mtl.mix(grads, coefficients), [row[0] for row in grads], CHUNK)
 
 
+def _priority_combine(num_tasks: int, dtype: torch.dtype) -> Call:
+    shape = (128, 512, 1, 1)  # a convolution of ResNet-50
+    grads, out, top = _gradients(num_tasks, dtype, shape), [torch.empty(shape, dtype=dtype)], [torch.arange(128) % num_tasks]
+
+    def call() -> object:
+        return mtl.priority_combine(grads, top, skip_degenerate=False, out=out)
+
+    return Call(call, [*(row[0] for row in grads), *out], out[0].numel())
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -112,6 +128,7 @@ OPS = {
     "combine": _combine,
     "combine per channel": _combine_per_channel,
     "mix": _mix,
+    "priority_combine": _priority_combine,
 }
 """Op on gradients -> its representative call."""
 
@@ -149,6 +166,7 @@ OPS_ON_GRAM = {
     "upgrad_weights": _of_gram(lambda g: _ops.upgrad_weights(g.double(), None, None)),
     "dualproj_weights": _of_gram(lambda g: _ops.dualproj_weights(g.double(), None, None)),
     "pcd_weights": _of_gram(lambda g: _ops.pcd_weights(g.double(), None, g.new_zeros(len(g)).double())),
+    "connection_strength": _of_gram(lambda g: _ops.connection_strength(g.double().diagonal(), [g], [g.abs()], 1e-5)),
 }
 """Op of the K x K stage -> its representative call."""
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtlkernels as mtl
+from mtlkernels import reference
 
 OPS = torch.ops.mtlkernels
 OPCHECK_TESTS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
@@ -24,6 +25,9 @@ def _fresh_dynamo():
 def chain(grads: list[list[Tensor]], weights: Tensor) -> tuple:
     """Most of what a user compiles, in one graph."""
     gram = mtl.gram(grads)
+    models = [reference.like(column) for column in zip(*grads, strict=True)]
+    wide = [t for t in models if t is not None and t.dim() > 1]
+    norms = [gram.diagonal().float().unsqueeze(1).expand(-1, len(t)) for t in wide]
     return (
         gram,
         mtl.cosine(gram),
@@ -39,6 +43,8 @@ def chain(grads: list[list[Tensor]], weights: Tensor) -> tuple:
         mtl.magnitude_similarity(gram),
         mtl.condition_number(gram),
         mtl.aggregate(grads, "mean"),
+        mtl.priority_combine(grads, [None if t is None else torch.arange(reference.num_channels(t)) % 2 for t in models]),
+        mtl.connection_strength(wide, norms, norms),
     )
 
 
@@ -136,6 +142,7 @@ def symmetric(*shape: int) -> Tensor:
 
 
 W2, W3 = torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor([0.5, 0.0, 1.0])
+TOP = torch.tensor([0, 2, 1, 0, 2])
 OPCHECKS = {
     "gram": lambda: (OPS.gram, (flat(3, [(4, 3), (5,), ()]), 3, "model")),
     "gram, tensor": lambda: (OPS.gram, (flat(2, [(4, 3), (0, 2)], torch.bfloat16), 2, "tensor")),
@@ -175,6 +182,21 @@ OPCHECKS = {
     "mix, none": lambda: (OPS.mix, ([None, torch.ones(2, 2), torch.ones(3), None], W2[None])),
     "mix, strided": lambda: (OPS.mix, (strided(), torch.eye(2))),
     "mix, nothing": lambda: (OPS.mix, (flat(2, [(4, 3)]), torch.zeros(0, 2))),
+    "priority_combine": lambda: (OPS.priority_combine, (flat(3, [(4, 3), (5,), (2, 2)]), [TOP[:4], TOP, None], 3, True)),
+    "priority_combine, none": lambda: (
+        OPS.priority_combine,
+        ([None, torch.ones(3), torch.ones(2), None], [None, TOP[:3]], 2, False),
+    ),
+    "priority_combine, strided": lambda: (OPS.priority_combine, (strided(), [TOP[:4], TOP[:2], None], 2, True)),
+    "priority_combine, empty": lambda: (OPS.priority_combine, ([], [], 2, True)),
+    "priority_combine_": lambda: (
+        OPS.priority_combine_,
+        (flat(1, [(4, 3), (5,)], seed=1), flat(2, [(4, 3), (5,)]), [TOP[:4], None], 2, True),
+    ),
+    "connection_strength": lambda: (
+        OPS.connection_strength,
+        (torch.rand(7, dtype=torch.float64), [torch.rand(3, 4), torch.rand(3, 3)], [torch.rand(3, 4), torch.rand(3, 3)], 1e-5),
+    ),
     "projection_coefficients": lambda: (
         OPS.projection_coefficients,
         (symmetric(3), torch.arange(3).expand(3, 3).clone(), True),

@@ -60,7 +60,9 @@ def test_gradients_are_read_once_in_whole_sectors_without_conflicts(op, dtype):
         done = run(op, dtype, num_tasks)
         groups = -(-num_tasks // (4 if dtype == torch.float64 else 8))  # of a channel's rows: each comes again for every other
         times = groups if op == "gram per channel" and num_tasks > 8 else 1
-        assert done.reads == times, num_tasks
+        if op == "priority_combine":  # gradients twice, the second time from the L2 cache; results once
+            times = (2 * num_tasks + 1) / (num_tasks + 1)
+        assert done.reads == pytest.approx(times, rel=1e-12), num_tasks
         assert done.sectors_over_ideal <= 1.02 * times, num_tasks
         assert done.conflicts <= 0.05, num_tasks
 

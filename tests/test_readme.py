@@ -19,13 +19,15 @@ def section(heading: str) -> str:
 
 def test_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
 
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, python block {number + 1}", "exec"), names)
 
     assert isinstance(names["optimizer"], mtl.MultiTaskOptimizer)
+    assert isinstance(names["priority"], mtl.TaskPriorityOptimizer)
+    assert names["report"].losses.shape == (2,)
     assert names["info"].cosine.shape == (2, 2)
     assert [d.shape for d in names["update"]] == [p.shape for p in names["encoder"].parameters()]
     assert "tensor" in capsys.readouterr().out
@@ -60,3 +62,12 @@ def test_files_and_commands_are_there() -> None:
 
 def test_picture_is_small() -> None:
     assert (ROOT / "docs/multidigits.png").stat().st_size < 200_000
+
+
+def test_code_of_the_page_on_task_priority_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "priority.md").read_text()
+    for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)):
+        exec(compile(block, f"docs/priority.md, python block {number + 1}", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "0.weight (16, 3, 3, 3): norm after it: encoder.1" in printed
+    assert "heads.depth.weight (1, 16, 1, 1): plain sum" in printed

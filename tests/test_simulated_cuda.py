@@ -205,6 +205,9 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "combine_channels",
         "combine_channels_",
         "mix",
+        "priority_combine",  # these in test_cuda_priority.py
+        "priority_combine_",
+        "connection_strength",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -222,6 +225,8 @@ def test_every_kernel_is_launched_by_an_op():
                 mtl.combine(grads, random_weights(num_tasks))
                 mtl.combine(grads, [random_weights(2, num_tasks)])
                 mtl.ops.mix(grads, random_weights(2, num_tasks))
+                mtl.priority_combine(grads, [torch.zeros(2, dtype=torch.int64)])
+            mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
         for function in (mtl.cosine, mtl.magnitude_similarity, mtl.conflict_rate, mtl.condition_number):
@@ -337,12 +342,14 @@ FAILING = {
     "combine_": lambda grads: mtl.combine(grads, random_weights(3), out=grads[0]),
     "combine_channels": lambda grads: mtl.combine(grads, [random_weights(5, 3), random_weights(9, 3)]),
     "mix": lambda grads: mtl.ops.mix(grads, random_weights(2, 3)),
+    "priority_combine": lambda grads: mtl.priority_combine(grads, [None, torch.zeros(9, dtype=torch.int64)]),
+    "connection_strength": lambda grads: mtl.connection_strength(torch.ones(2, 3), torch.ones(1, 2), torch.ones(1, 2)),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }
 
 
-@pytest.mark.parametrize(("call", "number"), [("gram", 1), *((call, 0) for call in FAILING)])
+@pytest.mark.parametrize(("call", "number"), [("gram", 1), ("connection_strength", 1), *((call, 0) for call in FAILING)])
 def test_a_launch_that_fails_raises_what_cuda_says(call, number):
     grads = random_gradients(3, [(5,), (9,)])
     with simulated_cuda(fail=(number, LAUNCH_OUT_OF_RESOURCES)) as device:

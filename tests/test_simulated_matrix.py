@@ -9,6 +9,7 @@ import test_combine
 import test_gram
 import test_kxk
 import test_mix_project
+import test_priority
 from device import requires_nvcc
 from simulated import simulated_cuda
 
@@ -22,7 +23,7 @@ def backend() -> Iterator[str]:
         yield "cuda"
 
 
-for module in (test_bad_input, test_combine, test_gram, test_kxk, test_mix_project):
+for module in (test_bad_input, test_combine, test_gram, test_kxk, test_mix_project, test_priority):
     for name, test in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("test_") and "backend" in inspect.signature(test).parameters:
             globals()[name.replace("test_", f"{module.__name__}_", 1)] = test

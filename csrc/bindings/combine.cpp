@@ -14,7 +14,8 @@ Tensor first_gradient(const TensorList& grads, int64_t n, int64_t num_columns, i
   return {};
 }
 
-/// num_out * N new tensors, result-major, each like the first gradient of its column.
+}  // namespace
+
 std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int64_t num_out) {
   const int64_t num_columns = num_tasks > 0 ? int64_t(grads.size()) / num_tasks : 0;
   std::vector<Tensor> out;
@@ -24,6 +25,8 @@ std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int6
       out.push_back(torch::stable::empty_like(first_gradient(grads, n, num_columns, num_tasks)));
   return out;
 }
+
+namespace {
 
 /// The bytes from a tensor's first to its last element.
 struct Extent {
@@ -68,8 +71,8 @@ bool same_memory(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-/// Columns whose buffer shares memory with another buffer or with a gradient that is not exactly its own: their results must
-/// be kept aside until every gradient has been read.
+}  // namespace
+
 std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks) {
   const int64_t num_columns = int64_t(out.size());
   std::vector<std::pair<Extent, int64_t>> buffers;
@@ -106,6 +109,8 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
     if (flagged[n] || mutual) result.push_back(n);
   return result;
 }
+
+namespace {
 
 Per per_of(const Tensor& weights, bool per_channel) {
   require(weights.dim() == 2 || (weights.dim() == 1 && !per_channel), "weights has the wrong number of dimensions");

@@ -33,6 +33,13 @@ struct Output {
   bool stream;  // results are large and alias no gradient: store past the caches
 };
 
+/// The channels of a tensor, consecutive stretches of `rest` elements, and the top task of each. An index that is no row, or a
+/// row that is null, leaves its channel without one.
+struct Channels {
+  const int64_t* top;  // [channels]
+  int64_t rest;
+};
+
 struct Kernels {
   const char* name;
 
@@ -44,6 +51,14 @@ struct Kernels {
   /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight
   /// is exactly 0 is not read. A single output may be one of the rows.
   void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
+
+  /// Adds <row i, row j> over those elements of [begin, end) whose channel has top task i to inner[num_rows][num_rows].
+  void (*priority_inner)(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);
+
+  /// out = sum_k row k + alpha[i] row i over elements [begin, end), i the top task of an element's channel. The output may be
+  /// one of the rows.
+  void (*priority_combine)(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,
+                           const Output& out);
 };
 
 /// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names

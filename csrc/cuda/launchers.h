@@ -6,6 +6,7 @@
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
 #include "../common/mix_plan.h"
+#include "../common/priority.h"
 
 namespace mtlkernels::cuda {
 
@@ -26,6 +27,18 @@ const char* combine_channels(DType dtype, const std::vector<PlannedTensor>& tens
 /// num_rows] on the device. Otherwise as combine.
 const char* mix(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int num_results,
                 const double* coefficients, Stream stream);
+
+/// priority_combine for every tensor; the tensors share a dtype. A tensor's pointers are its `num_tasks` gradients
+/// (kPriorityTasks at most; null where absent), its result, its top tasks (null for a plain sum), float64 scratch [blocks *
+/// num_tasks^2 + num_tasks], and the words of its PriorityShape; its size is the shape's blocks, twice that with top tasks.
+/// `state` [2 * tensors] int32, zeroed. Otherwise as combine.
+const char* priority_combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_tasks, bool skip_degenerate,
+                             int32_t* state, Stream stream);
+
+/// connection_strength of every layer. A layer's pointers are its channels' squares, its scale and variance (all of them
+/// float32 or all float64), its strengths, its top tasks, and the numbers of tasks and channels as integers; its size is 1.
+/// Otherwise as combine.
+const char* connection_strength(DType dtype, const std::vector<PlannedTensor>& layers, double eps, Stream stream);
 
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as

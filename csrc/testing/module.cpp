@@ -9,6 +9,7 @@
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
 #include "../common/mix_plan.h"
+#include "../common/priority.h"
 
 namespace py = pybind11;
 
@@ -89,6 +90,10 @@ PYBIND11_MODULE(mtlkernels_testing, m) {
   m.def("mix_launch", [](int dtype, int num_rows, int num_results) {
     const int bytes = mtlkernels::mix_shared_bytes(mtlkernels::DType(dtype), num_rows, num_results);
     return std::make_tuple(mtlkernels::mix_threads(num_rows), bytes);
+  });
+  m.def("priority_shape", [](int64_t channels, int64_t rest, int64_t element_bytes) {
+    const mtlkernels::PriorityShape shape = mtlkernels::priority_shape(channels, rest, element_bytes);
+    return std::make_tuple(shape.slices, shape.length, shape.run, shape.blocks);
   });
   m.def("kxk_launch", &kxk_launch);
   py::dict solvers;

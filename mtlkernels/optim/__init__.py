@@ -1,6 +1,7 @@
 """The optimizer layer."""
 
-from .info import StepInfo
+from .info import PriorityInfo, StepInfo
 from .multitask import MultiTaskOptimizer
+from .priority import TaskPriorityOptimizer
 
-__all__ = ["MultiTaskOptimizer", "StepInfo"]
+__all__ = ["MultiTaskOptimizer", "PriorityInfo", "StepInfo", "TaskPriorityOptimizer"]

@@ -1,5 +1,7 @@
 """What a multi-task step tells about itself, read lazily."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,52 @@ class StepInfo:
 
     def __repr__(self) -> str:
         return f"StepInfo(tasks={self.tasks}, weights={tuple(self.weights.shape)}, host_reads={self.host_reads})"
+
+
+class PriorityInfo:
+    """What the visits of one batch of :class:`TaskPriorityOptimizer` did. Tensors on the device, not read until asked for.
+
+    Attributes:
+        tasks: the K task names.
+        phase: 1 or 2.
+        visits: the tasks of each of the V visits: one each in phase 1, all of the one in phase 2.
+        host_reads: how many times this layer read the device.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], phase: int) -> None:
+        self.tasks, self.phase = tasks, phase
+        self.visits: list[tuple[Task, ...]] = []
+        self.host_reads = 0
+        self._losses: dict[Task, Tensor] = {}
+        self._norms: list[Tensor] = []
+        self._skipped: list[Tensor] = []
+
+    def add_visit(self, visit: tuple[Task, ...], losses: Sequence[Tensor | None], norm: Tensor, skipped: Tensor) -> None:
+        """Notes a visit that was completed; ``losses`` are in the order of ``tasks``."""
+        self.visits.append(visit)
+        self._losses |= {task: loss for task, loss in zip(self.tasks, losses, strict=True) if loss is not None}
+        self._norms.append(norm)
+        self._skipped.append(skipped)
+
+    @property
+    def losses(self) -> Tensor:
+        """float64 [K], each when it was computed, unweighted; NaN for a task that was absent."""
+        example = next(iter(self._losses.values()))
+        absent = torch.full_like(example.reshape(()), torch.nan)
+        return torch.stack([self._losses.get(task, absent).reshape(()).to(example.device).double() for task in self.tasks])
+
+    @property
+    def norms(self) -> Tensor:
+        """float64 [V], the norm of each visit's update over all parameters before clipping."""
+        return torch.stack(self._norms)
+
+    @property
+    def skipped(self) -> Tensor:
+        """bool [V], whether a visit changed nothing because its update was not finite."""
+        return torch.stack(self._skipped)
+
+    def __repr__(self) -> str:
+        return f"PriorityInfo(tasks={self.tasks}, phase={self.phase}, visits={self.visits}, host_reads={self.host_reads})"
 
 
 class UpdateNorm:

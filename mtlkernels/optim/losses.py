@@ -1,6 +1,6 @@
 """The losses of a step: which task each belongs to, and whether each can be differentiated."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +11,10 @@ Losses = Mapping[Any, Tensor | None] | Sequence[Tensor | None]
 """{task: scalar loss}, or one scalar loss per task; a missing task or None is absent."""
 
 
+Closures = Mapping[Any, Callable[[], Tensor] | None]
+"""{task: a function that returns its scalar loss}; a missing task or None is absent."""
+
+
 def task_names(tasks: Sequence[Task]) -> tuple[Task, ...]:
     """The names as a tuple; a ``ValueError`` unless there is at least one and each is there once."""
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):
@@ -18,6 +22,16 @@ def task_names(tasks: Sequence[Task]) -> tuple[Task, ...]:
     names = tuple(tasks)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks is {names}; pass at least one name, each once.")
+    return names
+
+
+def loaded_names(saved: Sequence[Task] | None, current: tuple[Task, ...] | None, given: bool) -> tuple[Task, ...] | None:
+    """The names after loading a state dict that has ``saved``; a ``ValueError`` for others, or another order if ``given``."""
+    if saved is None:
+        return current
+    names = task_names(saved)
+    if current is not None and (set(current) != set(names) or (given and current != names)):
+        raise ValueError(f"the state dict has the tasks {names} instead of {current}; pass tasks={list(names)}.")
     return names
 
 
@@ -51,11 +65,38 @@ def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[
         raise ValueError("losses has no loss; pass the loss of at least one task.")
     for task, loss in zip(tasks, ordered, strict=True):
         if loss is not None:
-            _check_loss(loss, f"losses[{task!r}]")
+            check_loss(loss, f"losses[{task!r}]")
     return tasks, ordered
 
 
-def _check_loss(loss: Tensor, name: str) -> None:
+def order_closures(
+    closure: Closures, tasks: tuple[Task, ...] | None
+) -> tuple[tuple[Task, ...], list[Callable[[], Tensor] | None]]:
+    """The K task names and the K closures in their order, None for an absent task.
+
+    Args:
+        closure: as the optimizer takes it.
+        tasks: the names, or None where the keys fix them.
+
+    Raises:
+        ValueError: unknown tasks, what is no function, or no function at all.
+    """
+    if not isinstance(closure, Mapping):
+        raise ValueError(f"closure is a {type(closure).__name__}; pass {{task: a function that returns its loss}}.")
+    tasks = tasks or task_names(list(closure))
+    for task, run in closure.items():
+        if task not in tasks:
+            raise ValueError(f"closure has the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}.")
+        if run is not None and not callable(run):
+            raise ValueError(f"closure[{task!r}] is a {type(run).__name__}; pass a function that returns the loss.")
+    ordered = [closure.get(task) for task in tasks]
+    if all(run is None for run in ordered):
+        raise ValueError("closure has no function; pass that of at least one task.")
+    return tasks, ordered
+
+
+def check_loss(loss: Tensor, name: str) -> None:
+    """Raises a ``ValueError`` that calls the loss ``name`` unless it is a scalar that can be differentiated."""
     if not isinstance(loss, Tensor):
         raise ValueError(f"{name} is a {type(loss).__name__}; pass the loss tensor itself, without .item() or float().")
     if loss.numel() != 1:

@@ -13,6 +13,7 @@ from ..gradients import (
     Rows,
     Source,
     add_to_grad,
+    check_dense,
     check_grads,
     check_graph,
     check_heads_in_graph,
@@ -27,7 +28,7 @@ from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
-from .losses import Losses, order_losses, task_names
+from .losses import Losses, loaded_names, order_losses, task_names
 from .roles import Roles, Task
 from .skip import SkipFlag
 from .undo import Snapshot, load_buffers
@@ -415,13 +416,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         try:
             return problems.gram(rows).to(self.device)
         except Exception:
-            for task, row in zip(tasks, rows, strict=False):
-                for param, grad in zip(params, row, strict=True):
-                    if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
-                        raise ValueError(
-                            f"the gradient of task {task!r} for the {self.name_of(param)} is {grad.layout}, {grad.dtype}; the "
-                            "optimizer takes dense, real ones: build the layer with sparse=False, or on torch.view_as_real."
-                        ) from None
+            check_dense(tasks, rows, params, self.name_of)
             raise
 
     def _raise_nonfinite(self, info: StepInfo, verdict: list[bool]) -> None:
@@ -473,12 +468,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     def _load_tasks(self, saved: list[Task] | None) -> None:
         """Takes over the saved order of the tasks, by which the weighting's state is laid out."""
-        if saved is None:
-            return
-        names = task_names(saved)
-        if self.tasks is not None and (set(self.tasks) != set(names) or (self._tasks_given and self.tasks != names)):
-            raise ValueError(f"the state dict has the tasks {names} instead of {self.tasks}; pass tasks={list(names)}.")
-        self._check_heads(names)
+        names = loaded_names(saved, self.tasks, self._tasks_given)
+        if names is not None:
+            self._check_heads(names)
         self.tasks = names
 
 

@@ -1,9 +1,13 @@
 """Putting back what a failed or skipped update had touched."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers that a norm updates in its forward pass."""
 
 
 class Snapshot:
@@ -31,8 +35,8 @@ class Snapshot:
             if param.grad is not grad:  # an odd one that torch would refuse to set again stays
                 param.grad = grad
         for module, buffers, copies in self._buffers:
-            for name, copy in copies.items():
-                buffers[name].copy_(copy)  # type: ignore[union-attr]
+            for name, value in copies.items():
+                buffers[name].copy_(value)  # type: ignore[union-attr]
             module._buffers.clear()
             module._buffers.update(buffers)
 
@@ -43,10 +47,60 @@ class Snapshot:
         A buffer that was one number before gets it in each element; one that did not exist, or has another shape now, stays.
         """
         for module, _, copies in self._buffers:
-            for name, copy in copies.items():
+            for name, value in copies.items():
                 current = module._buffers.get(name)
-                if current is not None and (current.shape == copy.shape or copy.dim() == 0):
-                    current.copy_(torch.where(keep, current, copy))
+                if current is not None and (current.shape == value.shape or value.dim() == 0):
+                    current.copy_(torch.where(keep, current, value))
+
+
+class Statistics:
+    """Copies of the running statistics of a model's norms, one flat tensor for each dtype and device."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for module in model.modules():
+            for name in RUNNING:
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._groups = [(buffers, _flat(buffers)) for buffers in groups.values()]
+
+    @torch.no_grad()
+    def restore(self, unless: Tensor | None = None) -> None:
+        """Puts them back, where there is a bool scalar ``unless`` only if it is false, which is not read on the host."""
+        for buffers, before in self._groups:
+            values = before if unless is None else torch.where(unless.to(before.device), _flat(buffers), before)
+            parts = values.split([b.numel() for b in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+class Transaction:
+    """Copies of an optimizer's parameters and of its state, to undo whole steps. As large as both."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._params = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+        self._state = {p: {name: copy.deepcopy(value) for name, value in s.items()} for p, s in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts both back; tensors of the state are written in place."""
+        for param, value in self._params:
+            param.copy_(value)
+        state = self._optimizer.state
+        for param in [p for p in state if p not in self._state]:
+            del state[param]
+        for param, entries in self._state.items():
+            for name, value in entries.items():
+                current = state[param].get(name)
+                if isinstance(value, Tensor) and isinstance(current, Tensor) and current.shape == value.shape:
+                    current.copy_(value)
+                else:
+                    state[param][name] = value
 
 
 def load_buffers(module: torch.nn.Module, state: dict[str, Tensor], device: torch.device) -> None:

@@ -128,6 +128,10 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the inner optimizer."""
+        self.optimizer.add_param_group(param_group)
+
     # --- the inner step --------------------------------------------------------------------------------------------------
 
     def _step_inner(self, skip: Tensor | None) -> int:

@@ -1,0 +1,240 @@
+// Task priority: inner products with the top task's row of each channel, and the sum that they lead to.
+//
+// Products and sums are float64, in which products of float32 are exact, so that no range of float32 matters. Results that no
+// cache could keep are stored past it.
+
+#include <type_traits>
+
+#include "vector.h"
+
+namespace mtlkernels::cpu {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // elements that are gathered at a time where rows are not flat
+constexpr int kGroup = 4;         // rows at a time: their pointers, sums and operands stay in registers
+
+/// The rows that a column has, over ranges of its elements: where they lie, or gathered as T where they are not flat.
+template <typename T>
+class Rows {
+ public:
+  explicit Rows(const Column& column)
+      : column_(column),
+        flat_(column.layout.dim == 0),
+        scratch_(size_t(column.num_rows) * (3 * 8 + (flat_ ? 0 : kBlock * sizeof(T)))) {
+    task_ = scratch_.as<int64_t>();
+    first_ = reinterpret_cast<const T**>(task_ + column.num_rows);
+    now_ = first_ + column.num_rows;
+    values_ = reinterpret_cast<T*>(now_ + column.num_rows);
+    for (int k = 0; k < column.num_rows; ++k)
+      if (column.rows[k]) task_[count_++] = k;
+  }
+
+  int count() const { return count_; }
+  int64_t task(int r) const { return task_[r]; }
+  /// Which of them is a task's; -1 where that is no task, or has no gradient.
+  int find(int64_t task) const {
+    for (int r = 0; r < count_; ++r)
+      if (task_[r] == task) return r;
+    return -1;
+  }
+
+  /// Calls visit(channel, begin, count, rows) for each channel's part of elements [begin, end), where the rows lie at its
+  /// first element. At most kBlock elements at a time where `in_blocks`.
+  template <typename Visit>
+  void for_channels(int64_t rest, int64_t begin, int64_t end, bool in_blocks, const Visit& visit) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t size = flat_ || end - at < kBlock ? end - at : kBlock;
+      for (int r = 0; r < count_; ++r) {
+        if (flat_) {
+          first_[r] = static_cast<const T*>(column_.rows[task_[r]]) + at;
+        } else if constexpr (sizeof(T) >= 4) {
+          first_[r] = read_row<T>(column_, int(task_[r]), at, size, values_ + r * kBlock);
+        }
+      }
+      for (int64_t offset = 0; offset < size;) {
+        const int64_t channel = (at + offset) / rest, left = (channel + 1) * rest - at - offset;
+        int64_t count = left < size - offset ? left : size - offset;
+        if (in_blocks && count > kBlock) count = kBlock;
+        for (int r = 0; r < count_; ++r) now_[r] = first_[r] + offset;
+        visit(channel, at + offset, count, static_cast<const T* const*>(now_));
+        offset += count;
+      }
+      at += size;
+    }
+  }
+
+ private:
+  const Column& column_;
+  const bool flat_;
+  Scratch scratch_;
+  int64_t* task_;
+  const T **first_, **now_;
+  T* values_;
+  int count_ = 0;
+};
+
+/// sums[r] = <own, row r> over `count` elements.
+template <typename T, int R>
+void products(const T* own, const T* const* rows, int64_t count, double* sums) {
+  constexpr int lanes = kLanes<double>, unroll = R <= 2 ? 4 : 2;  // enough sums under way to hide the latency of an addition
+  DoubleVector total[R][unroll] = {};
+  int64_t e = 0;
+  for (; e + unroll * lanes <= count; e += unroll * lanes) {
+#pragma GCC unroll 4
+    for (int u = 0; u < unroll; ++u) {
+      const DoubleVector left = load_as_double(own + e + u * lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) total[r][u] += left * load_as_double(rows[r] + e + u * lanes);
+    }
+  }
+  for (; e + lanes <= count; e += lanes)
+    for (int r = 0; r < R; ++r) total[r][0] += load_as_double(own + e) * load_as_double(rows[r] + e);
+  for (int r = 0; r < R; ++r) {
+    for (int u = 1; u < unroll; ++u) total[r][0] += total[r][u];
+    sums[r] = sum_lanes(total[r][0]);
+    for (int64_t tail = e; tail < count; ++tail) sums[r] += double(to_float(own[tail])) * double(to_float(rows[r][tail]));
+  }
+}
+
+template <typename T>
+void products(const T* own, const T* const* rows, int num_rows, int64_t count, double* sums) {
+  for (int r = 0; r < num_rows; r += kGroup) {
+    switch (num_rows - r) {
+      case 1: products<T, 1>(own, rows + r, count, sums + r); break;
+      case 2: products<T, 2>(own, rows + r, count, sums + r); break;
+      case 3: products<T, 3>(own, rows + r, count, sums + r); break;
+      default: products<T, kGroup>(own, rows + r, count, sums + r);
+    }
+  }
+}
+
+/// What a sum is rounded to on its way to a T.
+template <typename T>
+using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
+
+/// out[e] = start[e] + sum over R rows + alpha * own[e]; start null: from 0; own null: without it. `Last`: out is a result,
+/// else the sums of a group.
+template <typename T, int R, bool Last>
+void add_rows(const T* const* rows, const T* own, double alpha, const double* start, int64_t count, double* sums, T* out,
+              bool stream) {
+  constexpr int lanes = kLanes<double>;
+  const T* row[R];
+  for (int r = 0; r < R; ++r) row[r] = rows[r];
+  int64_t e = 0;
+  const auto one = [&](int64_t at) {
+    double sum = start ? start[at] : 0.0;
+    for (int r = 0; r < R; ++r) sum += double(to_float(row[r][at]));
+    if (own) sum += alpha * double(to_float(own[at]));
+    if constexpr (Last) {
+      from_float(Rounded<T>(sum), out + at);
+    } else {
+      sums[at] = sum;
+    }
+  };
+  if (stream)
+    for (; e < count && reinterpret_cast<uintptr_t>(out + e) % 64; ++e) one(e);  // to where a line begins
+  const DoubleVector factor = DoubleVector{} + alpha;
+  for (; e + lanes <= count; e += lanes) {
+    DoubleVector sum = start ? load<DoubleVector>(start + e) : DoubleVector{};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum += load_as_double(row[r] + e);
+    if (own) sum += factor * load_as_double(own + e);
+    if constexpr (!Last) {
+      store(sums + e, sum);
+    } else if (stream) {
+      store_streaming(out + e, sum);
+    } else {
+      store_cached(out + e, sum);
+    }
+  }
+  for (; e < count; ++e) one(e);
+}
+
+/// out = sum of the rows + alpha * own over at most kBlock elements; `sums` holds as many.
+template <typename T>
+void combine_stretch(const T* const* rows, int num_rows, const T* own, double alpha, int64_t count, double* sums, T* out,
+                     bool stream) {
+  const double* start = nullptr;
+  for (; num_rows > kGroup; num_rows -= kGroup, rows += kGroup, start = sums)
+    add_rows<T, kGroup, false>(rows, nullptr, 0, start, count, sums, out, false);
+  switch (num_rows) {
+    case 1: return add_rows<T, 1, true>(rows, own, alpha, start, count, sums, out, stream);
+    case 2: return add_rows<T, 2, true>(rows, own, alpha, start, count, sums, out, stream);
+    case 3: return add_rows<T, 3, true>(rows, own, alpha, start, count, sums, out, stream);
+    default: return add_rows<T, kGroup, true>(rows, own, alpha, start, count, sums, out, stream);
+  }
+}
+
+template <typename T>
+void inner_range(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner) {
+  Rows<T> rows(column);
+  Scratch scratch(size_t(column.num_rows) * 8);
+  double* sums = scratch.as<double>();
+  rows.for_channels(channels.rest, begin, end, false, [&](int64_t channel, int64_t, int64_t count, const T* const* row) {
+    const int own = rows.find(channels.top[channel]);
+    if (own < 0) return;
+    products(row[own], row, rows.count(), count, sums);
+    for (int r = 0; r < rows.count(); ++r) inner[rows.task(own) * column.num_rows + rows.task(r)] += sums[r];
+  });
+}
+
+/// Results as S; rows that are not flat are gathered as T, and results scattered.
+template <typename T, typename S>
+void combine_range(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,
+                   const Output& out) {
+  Rows<T> rows(column);
+  Scratch scratch(kBlock * (sizeof(double) + sizeof(T)));
+  double* sums = scratch.as<double>();
+  T* results = reinterpret_cast<T*>(sums + kBlock);
+  rows.for_channels(channels.rest, begin, end, true, [&](int64_t channel, int64_t at, int64_t count, const T* const* row) {
+    const int own = rows.find(channels.top[channel]);
+    const double factor = own < 0 ? 0 : alpha[rows.task(own)];
+    const T* projected = factor == 0 ? nullptr : row[own];
+    if (column.layout.dim == 0) {
+      T* to = static_cast<T*>(out.rows[0]) + at;
+      combine_stretch(row, rows.count(), projected, factor, count, sums, to, out.stream);
+    } else if constexpr (sizeof(T) >= 4) {
+      combine_stretch(row, rows.count(), projected, factor, count, sums, results, false);
+      for_runs(column.layout, out.strides[0], at, count, [&](int64_t offset, int64_t stride, int64_t run, int64_t from) {
+        for (int64_t i = 0; i < run; ++i) from_float(results[from + i], static_cast<S*>(out.rows[0]) + offset + i * stride);
+      });
+    }
+  });
+  if (out.stream) fence_streaming();
+}
+
+}  // namespace
+
+namespace MTL_ISA {
+
+void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner) {
+  const bool flat = column.layout.dim == 0;
+  switch (column.dtype) {
+    case DType::float32: return inner_range<float>(column, channels, begin, end, inner);
+    case DType::bfloat16:
+      return flat ? inner_range<BFloat16>(column, channels, begin, end, inner)
+                  : inner_range<float>(column, channels, begin, end, inner);
+    case DType::float16:
+      return flat ? inner_range<Float16>(column, channels, begin, end, inner)
+                  : inner_range<float>(column, channels, begin, end, inner);
+    case DType::float64: return inner_range<double>(column, channels, begin, end, inner);
+  }
+}
+
+void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,
+                      const Output& out) {
+  const bool flat = column.layout.dim == 0;
+  switch (column.dtype) {
+    case DType::float32: return combine_range<float, float>(column, channels, alpha, begin, end, out);
+    case DType::bfloat16:
+      return flat ? combine_range<BFloat16, BFloat16>(column, channels, alpha, begin, end, out)
+                  : combine_range<float, BFloat16>(column, channels, alpha, begin, end, out);
+    case DType::float16:
+      return flat ? combine_range<Float16, Float16>(column, channels, alpha, begin, end, out)
+                  : combine_range<float, Float16>(column, channels, alpha, begin, end, out);
+    case DType::float64: return combine_range<double, double>(column, channels, alpha, begin, end, out);
+  }
+}
+
+}  // namespace MTL_ISA
+}  // namespace mtlkernels::cpu
