@@ -1,14 +1,14 @@
-"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_ and mix.
+"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_, mix, priority_combine and priority_combine_.
 
-For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype whatever the number of tensors: pointer
-tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline tables in the
-ops' own files, so that no step ever tunes. :mod:`.targets` lists every kernel for compilation ahead of time.
+For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype and stage whatever the number of
+tensors: pointer tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline
+tables in the ops' own files, so that no step ever tunes. :mod:`.targets` lists every kernel for compilation ahead of time.
 
 Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because importing Triton takes long. With the environment
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, gram
+from . import combine, gram, priority
 
 OPS = {
     "gram": gram.gram,
@@ -16,5 +16,7 @@ OPS = {
     "combine": combine.combine,
     "combine_": combine.combine_,
     "mix": combine.mix,
+    "priority_combine": priority.priority_combine,
+    "priority_combine_": priority.priority_combine_,
 }
 """Op name -> implementation with the op's own signature."""
