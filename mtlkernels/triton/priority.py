@@ -46,7 +46,7 @@ WORDS = 5
 
 
 def meta(num_rows: int, dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of the kernels of products and results: 16 bytes a row and thread, 64 of all rows.
+    """Constants and options of the kernels of products and results: at most 16 values of a tile and 64 bytes a thread.
 
     Raises:
         ValueError: more rows than the largest class.
@@ -54,8 +54,9 @@ def meta(num_rows: int, dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[s
     rows_class = next((k for k in CLASSES if num_rows <= k), 0)
     if rows_class == 0:
         raise ValueError(f"grads has {num_rows} rows; priority_combine takes at most {CLASSES[-1]} tasks in Triton.")
-    size = min(64 * THREADS // (rows_class * dtype.itemsize), THREADS * 16 // dtype.itemsize)
-    return {"T": TYPES[dtype], "K": rows_class, "E": max(size, 16)}, chip.options(THREADS)
+    threads = THREADS if rows_class <= 16 else 2 * THREADS  # the products of 64 rows are 4096 values
+    size = min(min(64 // dtype.itemsize, 16) * threads // rows_class, threads * 16 // dtype.itemsize)
+    return {"T": TYPES[dtype], "K": rows_class, "E": size}, chip.options(threads)
 
 
 def alphas_meta(num_rows: int, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
