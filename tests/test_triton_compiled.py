@@ -13,7 +13,7 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
-from mtlkernels.triton import combine, gram, launch, targets
+from mtlkernels.triton import combine, gram, launch, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -29,10 +29,14 @@ def cases() -> Sequence:
     ]
 
 
+STAGES_BETWEEN = (gram.gram_finish, priority.priority_alphas)
+"""Kernels that read no gradients."""
+
+
 def max_registers(target: targets.Target) -> int:
     """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
-    if target.kernel is gram.gram_finish:
-        return 64
+    if target.kernel in STAGES_BETWEEN:
+        return 64 if target.num_rows <= 16 else 255
     if target.kernel is combine.combine_chunks:
         return 160
     if target.num_rows <= 4:
@@ -52,7 +56,7 @@ def test_compiled_code(target, gpu):
     assert compiled.metadata.shared <= 99 * 1024  # sm_86, 89 and 120 have the least
     text = compiled.asm["ptx"]
     assert ".local" not in text
-    if target.kernel is not gram.gram_finish:
+    if target.kernel not in STAGES_BETWEEN:
         assert re.search(r"ld\.global\.v(4\.b32|2\.b64)|cp\.async\.cg\.shared\.global .*0x10", text)
     if target.kernel is combine.combine_chunks:
         # A thread writes its share of a tile, which is less than 16 bytes where rows are many.
@@ -67,7 +71,7 @@ def check_amd(target: targets.Target, compiled) -> None:
     assert used["private_segment_fixed_size"] == 0
     assert used["vgpr_count"] <= 512 - 128 * (target.num_rows <= 4)
     assert compiled.metadata.shared <= 64 * 1024
-    if target.kernel is not gram.gram_finish:
+    if target.kernel not in STAGES_BETWEEN:
         assert re.search(r"(global|buffer)_load_dwordx4", text)
 
 
@@ -84,7 +88,9 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     for num_results in (1, 2):
         placed = [combine.Column(c, [torch.empty_like(c[0])] * num_results, 0) for c in columns]
         launches += combine.plan(placed, torch.ones(num_results, num_tasks, dtype=torch.float64))
-    assert len(launches) == 5
+    layers = [priority.Layer(c, torch.empty_like(c[0]), torch.zeros(len(c[0]), dtype=torch.int64)) for c in columns]
+    launches += priority.plan(layers, True)
+    assert len(launches) == 8
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 
@@ -110,3 +116,5 @@ def test_too_many_tasks():
         gram.meta(65, torch.float32, False)
     with pytest.raises(ValueError, match=r"grads has 257 rows; combine and mix take at most 256 tasks in Triton"):
         combine.meta(257, torch.float32, True)
+    with pytest.raises(ValueError, match=r"grads has 65 rows; priority_combine takes at most 64 tasks in Triton"):
+        priority.meta(65, torch.float32)

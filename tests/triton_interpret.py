@@ -79,6 +79,32 @@ def test_mixed_dtypes():
     assert_gram(mtl.gram(grads, per="tensor"), grads, per="tensor")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 3, 9])
+def test_priority_combine(dtype, num_tasks):
+    grads = random_gradients(num_tasks, [(40,), (3, 5), (2, 4100), (6,), (4, 2, 3, 3), (0, 2)], dtype)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    grads[0][2] = LAYOUTS["misaligned"](grads[0][2])
+    if num_tasks > 1:
+        grads = drop(grads, (0, 0), (1, 4))
+    top = [torch.arange(len(t)) % num_tasks for t in grads[-1]]
+    top[3], top[1] = None, torch.tensor([0, -1, num_tasks])
+    with mtl.use_backend("reference"):
+        expected = mtl.priority_combine(grads, top)
+    actual = mtl.priority_combine(grads, top)
+    # bfloat16 is truncated where it is rounded.
+    tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-5)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    mtl.priority_combine(grads, top, out=grads[-1])
+    torch.testing.assert_close(grads[-1], expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        mtl.priority_combine(grads[-1:], [torch.zeros(len(t)).long() for t in grads[-1]]),
+        list(grads[-1]),
+        rtol=tolerance,
+        atol=0,
+    )
+
+
 def test_in_place_and_overlapping_buffers():
     weights = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
     grads = random_gradients(2, [(40,), (30,)])

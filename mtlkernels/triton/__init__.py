@@ -1,14 +1,14 @@
-"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_channels, both in place, and mix.
+"""Kernels in Triton behind the ops that read gradients; ``OPS`` below lists them.
 
-For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype whatever the number of tensors: pointer
-tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline tables in the
-ops' own files, so that no step ever tunes. :mod:`.targets` lists every kernel for compilation ahead of time.
+For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype and stage whatever the number of
+tensors: pointer tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline
+tables in the ops' own files, so that no step ever tunes. :mod:`.targets` lists every kernel for compilation ahead of time.
 
 Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because importing Triton takes long. With the environment
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, gram
+from . import combine, gram, priority
 
 OPS = {
     "gram": gram.gram,
@@ -18,5 +18,7 @@ OPS = {
     "combine_channels": combine.combine_channels,
     "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
+    "priority_combine": priority.priority_combine,
+    "priority_combine_": priority.priority_combine_,
 }
 """Op name -> implementation with the op's own signature."""

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, gram
+from . import combine, gram, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -40,6 +40,11 @@ class Target(NamedTuple):
             return gram.finish_meta(chip)
         if self.kernel is combine.combine_chunks:
             return combine.meta(self.num_rows, self.dtype, self.variant != "mix", chip, self.variant == "combine channels")
+        if self.kernel is priority.priority_alphas:
+            return priority.alphas_meta(self.num_rows, chip)
+        if self.kernel in (priority.priority_products, priority.priority_results):
+            constants, options = priority.meta(self.num_rows, self.dtype, chip)
+            return constants | {"SLICE": priority.SLICE}, options
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip)
         return constants, options
 
@@ -53,6 +58,11 @@ def targets() -> Iterator[Target]:
         for num_rows in gram.CLASSES:
             for variant in ("chunks", "channels"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
+        for num_rows in priority.CLASSES:
+            yield Target(priority.priority_products, num_rows, dtype, "products")
+            yield Target(priority.priority_results, num_rows, dtype, "results")
+    for num_rows in priority.CLASSES:
+        yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
 
 
@@ -61,6 +71,12 @@ def signature(target: Target) -> dict[str, str]:
     if target.kernel is gram.gram_finish:
         pointers = {"partials": "*fp64", "slots": "*i64", "gram": "*fp64"}
         numbers = ["num_rows", "first_column", "num_columns", "num_blocks"]
+    elif target.kernel is priority.priority_alphas:
+        pointers = {"layers": "*i64", "products": "*fp64", "alphas": "*fp64"}
+        numbers = ["num_rows", "skip_degenerate"]
+    elif target.kernel in (priority.priority_products, priority.priority_results):
+        pointers = {"table": "*i64", "products" if target.kernel is priority.priority_products else "alphas": "*fp64"}
+        numbers = ["num_tensors", "num_rows"]
     elif target.kernel is combine.combine_chunks:
         pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_results"]
