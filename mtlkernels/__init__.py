@@ -1,25 +1,32 @@
 """Fused kernels for multi-task gradient work: Gram matrices, projections, weightings and an optimizer layer."""
 
-from . import weightings
+from . import grouping, weightings
 from ._version import __version__
+from .affinities import affinity, curvature_bound, lookahead_affinity
 from .aggregation import aggregate
 from .dispatch import use_backend
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import MultiTaskOptimizer, StepInfo
+from .proximal import ProximalAffinity
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
 __all__ = [
     "MultiTaskOptimizer",
+    "ProximalAffinity",
     "StepInfo",
     "__version__",
+    "affinity",
     "aggregate",
     "combine",
     "condition_number",
     "conflict_rate",
     "cosine",
+    "curvature_bound",
     "get_weighting",
     "gram",
+    "grouping",
+    "lookahead_affinity",
     "magnitude_similarity",
     "mix",
     "project",
