@@ -6,14 +6,16 @@ from .affinities import affinity, curvature_bound, lookahead_affinity
 from .aggregation import aggregate
 from .dispatch import use_backend
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
-from .optim import MultiTaskOptimizer, StepInfo
+from .optim import GroupsInfo, MultiTaskOptimizer, SelectiveGroupOptimizer, StepInfo
 from .proximal import ProximalAffinity
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
 __all__ = [
+    "GroupsInfo",
     "MultiTaskOptimizer",
     "ProximalAffinity",
+    "SelectiveGroupOptimizer",
     "StepInfo",
     "__version__",
     "affinity",

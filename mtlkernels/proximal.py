@@ -176,6 +176,6 @@ def _similarity(matrix: Tensor, normalize: Normalize) -> tuple[Tensor, Tensor]:
 def stack_losses(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """float64 [K] on a device, NaN for an absent task, without a host read."""
     absent = None if all(loss is not None for loss in losses) else torch.full((), torch.nan, device=device)
-    scalars = [absent if loss is None else loss if loss.device == device else loss.to(device) for loss in losses]
-    scalars = [loss.reshape(()) if cast(Tensor, loss).dim() else loss for loss in scalars]
-    return torch.stack(cast(list[Tensor], scalars)).detach().double()
+    there = [cast(Tensor, absent if loss is None else loss) for loss in losses]
+    there = [loss if loss.device == device else loss.to(device) for loss in there]
+    return torch.stack([loss.reshape(()) if loss.dim() else loss for loss in there]).detach().double()

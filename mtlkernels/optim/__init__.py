@@ -1,6 +1,7 @@
 """The optimizer layer."""
 
-from .info import StepInfo
+from .groups import SelectiveGroupOptimizer
+from .info import GroupsInfo, StepInfo
 from .multitask import MultiTaskOptimizer
 
-__all__ = ["MultiTaskOptimizer", "StepInfo"]
+__all__ = ["GroupsInfo", "MultiTaskOptimizer", "SelectiveGroupOptimizer", "StepInfo"]

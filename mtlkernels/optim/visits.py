@@ -12,15 +12,14 @@ from .undo import Snapshot
 
 
 @contextmanager
-def visit(number: int, total: int, name: str) -> Iterator[None]:
+def visit(number: int, name: str) -> Iterator[None]:
     """Adds to an exception of the block in which visit (from 0) it was raised, and where that leaves the parameters."""
     try:
         yield
     except BaseException as error:
         state = f"the {number} before it are complete" if number else "nothing was stepped"
-        note = f"raised in visit {number + 1} of {total} of this batch, {name}; {state}."
-        # What add_note does, from Python 3.11 on.
-        error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined]
+        note = f"raised in visit {number + 1} of the batch, {name}; {state}."
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # what add_note does, from Python 3.11 on
         raise
 
 
