@@ -49,7 +49,7 @@ def curvature_bound(gram: Tensor) -> Tensor:
         gram: [..., K, K].
 
     Returns:
-        [..., K, K], symmetric, in the Gram's dtype; 0 for parallel gradients, 1 where one of two gradients is 0, inf where two
+        [..., K, K] in the Gram's dtype; 0 for parallel gradients, 1 where one of two gradients is 0, inf where two
         cancel (g_i = -g_j, or both are 0). NaN in the row and column of a gradient that is not finite.
     """
     angle = cosine(gram)
@@ -82,7 +82,7 @@ def lookahead_affinity(
             once with and K times without grad.
         shared: the parameters that step.
         lr: the learning rate.
-        module: the model whose buffers the forward passes change; None: nothing but parameters is put back.
+        module: the model, whose buffers the forward passes change; None: nothing but ``shared`` is put back.
         gradients: how gradients are obtained, as of :class:`mtlkernels.MultiTaskOptimizer`.
 
     Returns:
@@ -101,7 +101,10 @@ def lookahead_affinity(
         random_state = _random_state(device)
         with torch.enable_grad():
             tasks, ordered = order_losses(losses_fn(), None)
-        rows = task_gradients(ordered, [live] * len(tasks), gradients)
+        known = {id(p) for p in live}
+        others = [] if module is None else [p for p in module.parameters() if p.requires_grad and id(p) not in known]
+        inputs = [*live, *others] if gradients == "backward" else live  # so that the .grad of all of them is kept
+        rows = [row[: len(live)] for row in task_gradients(ordered, [inputs] * len(tasks), gradients)]
         with torch.no_grad():
             before = _stacked(ordered)
             base = torch.where(before > 0, before, torch.nan)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ._library import define
-from .grouping.common import Groups, groups_of_labels
+from .grouping.common import Groups, Matrix, groups_of_labels, host_matrix
 from .grouping.propagation import affinity_propagation
 
 Credit = Literal["previous", "current"]
@@ -15,9 +17,9 @@ Normalize = Literal["column", "released"]
 
 
 def proximal_affinity_reference(
-    affinity: Tensor, previous: Tensor, losses: Tensor, group: Sequence[int], decay: float
-) -> Tensor:
-    """The affinity after one visit, as :meth:`ProximalAffinity.update` describes it.
+    affinity: Tensor, previous: Tensor, losses: Tensor, group: Sequence[int], decay: float, skipped: Tensor | None
+) -> None:
+    """One visit, in place, as :meth:`ProximalAffinity.update` describes it.
 
     With r_k = (1 - losses_k / previous_k) / n, n the size of the group, and ema(a, v) = (1 - decay) a + decay v, for s in the
     group: A_st <- ema(A_st, r_t) for t outside it; within it the same where r_s r_t >= 0, else ema(A_st, -max(r_t, r_s)); A_ss
@@ -25,16 +27,18 @@ def proximal_affinity_reference(
 
     Args:
         affinity: float64 [K, K].
-        previous: float64 [K], the losses before the group's step; NaN for those that are not known.
+        previous: float64 [K], the losses before the group's step, NaN for those that are not known; afterwards ``losses``, or
+            NaN where ``skipped``.
         losses: float64 [K], the losses after it.
-        group: task indices.
+        group: task indices; none for the first visit.
         decay: beta.
+        skipped: bool scalar, whether the step that follows these losses was skipped; None: it was not.
     """
     size = affinity.shape[0]
     member = torch.zeros(size, dtype=torch.bool, device=affinity.device)
     for task in group:
         member[task].fill_(True)  # not from a list, which would be a copy to the device that the host waits for
-    change = (1 - losses / previous) / len(group)
+    change = (1 - losses / previous) / max(len(group), 1)
     usable = (previous > 0) & previous.isfinite() & change.isfinite()
     source, target = change.unsqueeze(-1), change.unsqueeze(-2)
     inside = member.unsqueeze(-1) & member.unsqueeze(-2)
@@ -42,12 +46,14 @@ def proximal_affinity_reference(
     own = torch.eye(size, dtype=torch.bool, device=affinity.device)
     moves = member.unsqueeze(-1) & usable.unsqueeze(-2)
     moves = moves & (~inside | (usable.unsqueeze(-1) & (~own | (target >= 0))))
-    return torch.where(moves, (1 - decay) * affinity + decay * value, affinity)
+    affinity.copy_(torch.where(moves, (1 - decay) * affinity + decay * value, affinity))
+    previous.copy_(losses if skipped is None else torch.where(skipped.reshape(()), torch.nan, losses))
 
 
 define(
-    "proximal_affinity(Tensor affinity, Tensor previous, Tensor losses, int[] group, float decay) -> Tensor",
-    fake=lambda affinity, *_: affinity.new_empty(affinity.shape),
+    "proximal_affinity_(Tensor(a!) affinity, Tensor(b!) previous, Tensor losses, int[] group, float decay, Tensor? skipped)"
+    " -> ()",
+    fake=lambda *_: None,
     reference=proximal_affinity_reference,
 )
 
@@ -101,37 +107,38 @@ class ProximalAffinity(torch.nn.Module):
         self.previous.fill_(torch.nan)
 
     @torch.no_grad()
-    def update(self, group: Sequence[int], losses: Tensor | Sequence[Tensor | None]) -> None:
+    def update(self, group: Sequence[int], losses: Tensor | Sequence[Tensor | None], *, skipped: Tensor | None = None) -> None:
         """Takes in one visit of a batch.
 
         Args:
             group: the indices of the tasks that the visit steps.
             losses: the losses [K] of all tasks, unweighted, as they were before that step; NaN, or None in a sequence of
                 scalars, for a task that is absent. A loss that is not positive or not finite measures nothing.
+            skipped: bool scalar on the losses' device: whether that step was skipped, so that what follows is not its effect.
 
         Raises:
             ValueError: a group that is empty or names a task twice or one that does not exist, or other than K losses.
         """
-        tasks = list(group)
-        if not tasks or len(set(tasks)) != len(tasks) or not all(0 <= task < self.num_tasks for task in tasks):
+        tasks, matrix = list(group), self.matrix
+        if not tasks or len(set(tasks)) != len(tasks) or min(tasks) < 0 or max(tasks) >= self.num_tasks:
             raise ValueError(f"group is {tasks}; pass at least one index from 0 to {self.num_tasks - 1}, each once.")
-        values = losses if isinstance(losses, Tensor) else stack_losses(losses, self.matrix.device)
+        values = losses if isinstance(losses, Tensor) else stack_losses(losses, matrix.device)
         if values.shape != (self.num_tasks,):
             raise ValueError(f"losses has shape {tuple(values.shape)}; {self.num_tasks} tasks take [{self.num_tasks}].")
-        values = values.detach().to(self.matrix)
-        credited = self._last if self.credit == "previous" else tasks if self._last is not None else None
-        if credited is not None:
-            self.matrix.copy_(torch.ops.mtlkernels.proximal_affinity(self.matrix, self.previous, values, credited, self.decay))
-        self.previous.copy_(values)
+        credited = self._last if self.credit == "previous" else tasks
+        with torch._C._AutoDispatchBelowAutograd():
+            torch.ops.mtlkernels.proximal_affinity_.default(
+                matrix, self.previous, values.to(matrix), [] if self._last is None else credited, self.decay, skipped
+            )
         self._last = tasks
 
     @property
     def similarity(self) -> Tensor:
-        """float64 [K, K], symmetric, what groups are formed from: :attr:`matrix`, normalised, and the mean with its transpose.
+        """float64 [K, K] on the host: what groups are formed from, :attr:`matrix` normalised, the mean with its transpose.
 
         A task whose own effect was never measured (diagonal entry not above rounding of its column) has a column of zeros.
         """
-        return _similarity(self.matrix, self.normalize)[0]
+        return torch.from_numpy(_similarity(host_matrix(self.matrix, "matrix"), self.normalize)[0])
 
     def groups(self, previous: Groups | None = None, **options: Any) -> Groups:
         """Groups of tasks by affinity propagation on :attr:`similarity`.
@@ -146,31 +153,34 @@ class ProximalAffinity(torch.nn.Module):
 
         Returns:
             Task indices, ascending, the groups by their first task.
+
+        Raises:
+            ValueError: the matrix is not finite, or an option out of range.
         """
-        similarity, measured = _similarity(self.matrix.cpu(), self.normalize)
-        known = list(range(self.num_tasks))
-        if not bool(measured.all()):
-            known = measured.nonzero().flatten().tolist()
-            similarity = similarity[known][:, known]
-        labels, converged = affinity_propagation(similarity, **options)
+        similarity, measured = _similarity(host_matrix(self.matrix, "matrix"), self.normalize)
+        known = np.flatnonzero(measured)
+        if len(known) < self.num_tasks:
+            similarity = np.ascontiguousarray(similarity[np.ix_(known, known)])
+        labels, converged = affinity_propagation(torch.from_numpy(similarity), **options)
         if not bool(converged):
             return [[task] for task in range(self.num_tasks)] if previous is None else [list(group) for group in previous]
-        label_of = dict(zip(known, labels.tolist(), strict=True))
+        label_of = dict(zip(known.tolist(), labels.tolist(), strict=True))
         return groups_of_labels([label_of.get(task, -1 - task) for task in range(self.num_tasks)])
 
     def extra_repr(self) -> str:
         return f"{self.num_tasks}, decay={self.decay}, credit={self.credit!r}, normalize={self.normalize!r}"
 
 
-def _similarity(matrix: Tensor, normalize: Normalize) -> tuple[Tensor, Tensor]:
+def _similarity(matrix: Matrix, normalize: Normalize) -> tuple[Matrix, NDArray[np.bool_]]:
     """[K, K] and bool [K], which tasks have a measured effect on themselves."""
     own = matrix.diagonal()
-    measured = own > torch.finfo(matrix.dtype).eps * matrix.abs().amax(0)
-    scaled = matrix / own
+    measured = own > np.finfo(np.float64).eps * np.abs(matrix).max(0)
+    scaled = matrix / np.where(measured, own, 1.0)
     if normalize == "released":
-        scaled = torch.where(torch.ones_like(matrix, dtype=torch.bool).triu(), scaled, matrix)
-    scaled = torch.where(measured, scaled, 0.0)
-    return (scaled + scaled.mT) / 2, measured
+        scaled = np.where(np.tri(len(matrix), k=-1, dtype=bool), matrix, scaled)
+    if not measured.all():
+        scaled = np.where(measured, scaled, 0.0)
+    return (scaled + scaled.T) / 2, measured
 
 
 def stack_losses(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:

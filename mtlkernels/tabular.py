@@ -67,7 +67,9 @@ def load_yeast(seed: int = 0) -> tuple[Table, Table]:
         names, *rows = csv.reader(lines)
     expected = [*(f"Att{i}" for i in range(1, 104)), *(f"Class{i}" for i in range(1, 15))]
     if names != expected:
-        raise ValueError(f"{path} starts with the columns {names[:3]}; this loader reads river's Att1 to Att103, Class1 to Class14.")
+        raise ValueError(
+            f"{path} starts with the columns {names[:3]}; this loader reads river's Att1 to Att103, Class1 to Class14."
+        )
     values = torch.tensor([[float(value) for value in row] for row in rows])
     return _split(values[:, :103], dict(zip(YEAST_TASKS, values[:, 103:].T, strict=True)), seed, scale_targets=False)
 

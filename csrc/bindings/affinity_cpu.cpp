@@ -12,23 +12,25 @@ using torch::headeronly::ScalarType;
 
 const double* doubles(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
 
-Tensor proximal_affinity_op(const Tensor& affinity, const Tensor& previous, const Tensor& losses, std::vector<int64_t> group,
-                            double decay) {
+void proximal_affinity_op(Tensor affinity, Tensor previous, const Tensor& losses, std::vector<int64_t> group, double decay,
+                          const std::optional<Tensor>& skipped) {
   require(affinity.dim() == 2 && affinity.size(0) == affinity.size(1) && affinity.scalar_type() == ScalarType::Double,
           "affinity must be float64 [K, K]");
   const int64_t size = affinity.size(0);
-  for (const Tensor* values : {&previous, &losses}) {
+  for (const Tensor* values : {static_cast<const Tensor*>(&previous), &losses}) {
     require(values->dim() == 1 && values->size(0) == size && values->scalar_type() == ScalarType::Double,
             "previous and losses must be float64 [K]");
   }
+  require(affinity.is_contiguous() && previous.is_contiguous(), "affinity and previous must be contiguous");
+  require(!skipped || (skipped->numel() == 1 && skipped->scalar_type() == ScalarType::Bool), "skipped must be one bool");
   require(std::all_of(group.begin(), group.end(), [=](int64_t task) { return task >= 0 && task < size; }),
           "group must hold task indices from 0 to K - 1");
-  const Tensor matrix = torch::stable::contiguous(affinity), before = torch::stable::contiguous(previous),
-               after = torch::stable::contiguous(losses);
-  Tensor result = torch::stable::new_empty(affinity, {size, size});
-  proximal_affinity(doubles(matrix), doubles(before), doubles(after), int(size), group.data(), int64_t(group.size()), decay,
-                    static_cast<double*>(result.mutable_data_ptr()));
-  return result;
+  const Tensor after = torch::stable::contiguous(losses);
+  double* before = static_cast<double*>(previous.mutable_data_ptr());
+  proximal_affinity(static_cast<double*>(affinity.mutable_data_ptr()), before, doubles(after), int(size), group.data(),
+                    int64_t(group.size()), decay);
+  const bool forget = skipped && *static_cast<const bool*>(skipped->const_data_ptr());
+  std::transform(doubles(after), doubles(after) + size, before, [=](double loss) { return forget ? NAN : loss; });
 }
 
 /// Of the K^2 entries; the mean of the middle two where their number is even. Reorders them.
@@ -74,6 +76,6 @@ std::tuple<Tensor, Tensor> affinity_propagation_op(const Tensor& similarity, std
 }  // namespace mtlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("proximal_affinity", TORCH_BOX(&mtlkernels::proximal_affinity_op));
+  m.impl("proximal_affinity_", TORCH_BOX(&mtlkernels::proximal_affinity_op));
   m.impl("affinity_propagation", TORCH_BOX(&mtlkernels::affinity_propagation_op));
 }

@@ -10,12 +10,12 @@
 
 namespace mtlkernels {
 
-/// One visit: `result` [K, K] from `affinity` [K, K], the losses [K] before and after the step of the `count` tasks in `group`.
+/// One visit, in place: `affinity` [K, K] from the losses [K] before and after the step of the `count` tasks in `group`.
 /// r_k = (1 - after_k / before_k) / count moves row s of each s in the group towards r_t, or, for two tasks of the group of
 /// which one rose and one fell, towards -max(r_t, r_s); its own entry only where r_s >= 0. Nothing moves where a loss was not
 /// positive before or a ratio is not finite.
-inline void proximal_affinity(const double* affinity, const double* before, const double* after, int size, const int64_t* group,
-                              int64_t count, double decay, double* result) {
+inline void proximal_affinity(double* affinity, const double* before, const double* after, int size, const int64_t* group,
+                              int64_t count, double decay) {
   std::vector<double> change(size);
   std::vector<char> usable(size), member(size, 0);
   for (int k = 0; k < size; ++k) {
@@ -23,16 +23,17 @@ inline void proximal_affinity(const double* affinity, const double* before, cons
     usable[k] = before[k] > 0.0 && before[k] <= DBL_MAX && std::fabs(change[k]) <= DBL_MAX;
   }
   for (int64_t g = 0; g < count; ++g) member[group[g]] = 1;
-  for (int s = 0; s < size; ++s) {
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t s = group[g];
     for (int t = 0; t < size; ++t) {
-      const double old = affinity[s * size + t];
       double value = change[t];
-      bool moves = member[s] && usable[t];
+      bool moves = usable[t];
       if (member[t]) {
         moves = moves && usable[s] && (s != t || value >= 0.0);
         if (value * change[s] < 0.0) value = -std::fmax(value, change[s]);
       }
-      result[s * size + t] = moves ? (1.0 - decay) * old + decay * value : old;
+      double& entry = affinity[s * size + t];
+      if (moves) entry = (1.0 - decay) * entry + decay * value;
     }
   }
 }

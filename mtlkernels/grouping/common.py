@@ -41,9 +41,9 @@ def host_matrix(affinity: Tensor | Sequence[Sequence[float]], argument: str = "a
     if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape[0] == 0:
         raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; pass [K, K] with K of 1 or more.")
     matrix: Matrix = tensor.to("cpu", torch.float64).numpy()
-    bad = np.argwhere(~np.isfinite(matrix))
-    if len(bad):
-        i, j = bad[0]
+    finite = np.isfinite(matrix)
+    if not finite.all():
+        i, j = np.argwhere(~finite)[0]
         raise ValueError(f"{argument}[{i}, {j}] is {matrix[i, j]}; pass finite numbers, for example 0 for what is not known.")
     return matrix
 

@@ -150,9 +150,10 @@ def affinity_propagation(
         if value < 1:
             raise ValueError(f"{name} is {value}; pass 1 or more.")
     matrix = similarity.detach().double()
-    result: tuple[Tensor, Tensor] = torch.ops.mtlkernels.affinity_propagation(
-        matrix, preference, damping, max_iter, convergence_iter
-    )
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, Tensor] = torch.ops.mtlkernels.affinity_propagation.default(
+            matrix, preference, damping, max_iter, convergence_iter
+        )
     return result
 
 

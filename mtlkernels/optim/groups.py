@@ -55,9 +55,10 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         single_group: what a batch with one group of two or more tasks does. ``"twice"``: two visits, two steps, as the released
             code does; without the second nothing is measured. ``"once"``: one step; the affinity stays as it is.
         seed: of the visiting orders. The order of a batch is a function of the seed and of how many batches were before it.
-        max_norm: clips each visit's gradient, over all parameters.
-        on_nonfinite: what a visit whose gradient is not finite does. ``"skip"``: it steps nothing, nor does the affinity take
-            it in. ``"raise"``: a ``RuntimeError``. ``"drop_task"``: with a weighting only.
+        max_norm: clips each visit's gradient, over all parameters; ``math.inf`` only looks whether it is finite.
+        on_nonfinite: what a visit that is not finite does. ``"skip"``: it steps nothing, and nothing is credited to it.
+            ``"raise"``: a ``RuntimeError``. ``"drop_task"``: with a weighting only. With neither weighting nor ``max_norm`` nor
+            a scaler the group's losses decide, as a look at the gradient would be a read of it; otherwise the gradient.
         transactional: copy parameters and the inner state before each batch, and put them back when anything in it raises.
             Costs their memory and one read and write a batch. Without, the visits that were completed stay.
         module: the model, whose buffers (batch-norm statistics) ``transactional`` puts back, too.
@@ -237,7 +238,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                         values = stack_losses(ordered, self.device)
                     skipped = self._step_group(ordered, group, scaler, info)
                     info.add(values, skipped)
-                    self.affinity.update(group, torch.where(skipped, torch.nan, values))
+                    self.affinity.update(group, values, skipped=skipped)
         except BaseException:
             if before is not None:
                 before.restore()
@@ -268,7 +269,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         there = set(present)
         groups = [[k for k in group if k in there] for group in self.groups]
         groups = [group for group in groups if group]
-        draw = random.Random(f"{self.seed} {self.batches}").random  # the same in every version of Python, and on every rank
+        draw = random.Random((self.seed << 32) + self.batches).random  # the same in every version of Python, and on every rank
         keys = [draw() for _ in groups]
         visits = [group for _, group in sorted(zip(keys, groups, strict=True))]
         return visits * 2 if len(visits) == 1 and len(present) > 1 and self.single_group == "twice" else visits
@@ -302,18 +303,21 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         """A step along the gradient of the sum of the losses."""
         total = losses[0]
         for loss in losses[1:]:
-            total = total + loss.to(total.device)
+            total = total + loss
         params = self.params
         before = [p.grad for p in params]
         try:
             for param in params:
                 param.grad = None
             (total if scaler is None else scaler.scale(total)).backward()
-            skipped = self._check_and_clip(params, scaler)
+            if scaler is None and self.max_norm is None:
+                skipped = ~(total.detach().abs() < torch.inf).reshape(())
+            else:
+                skipped = self._check_and_clip(params, scaler)
             if self.on_nonfinite == "raise":
                 info.host_reads += 1
                 if bool(skipped):
-                    raise RuntimeError("the gradient is not finite; this visit changed nothing.")
+                    raise RuntimeError("the losses or gradients of this visit are not finite; it changed nothing.")
             if scaler is None:
                 info.host_reads += self._step_inner(None if self.on_nonfinite == "raise" else skipped)
             else:
@@ -334,9 +338,10 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         dense = [grad._values() if grad.is_sparse else grad for grad in grads]
         square = ops.gram([dense])
         assert isinstance(square, Tensor)
-        skipped = ~(square[0, 0] < torch.inf)
+        square = square.reshape(())
+        skipped = ~(square < torch.inf)
         if self.max_norm is not None:
-            norm = square[0, 0].sqrt()
+            norm = square.sqrt()
             if scaler is not None:
                 norm = norm / scaler.scale(torch.ones((), device=self.device)).double()
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
