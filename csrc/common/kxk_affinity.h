@@ -38,11 +38,8 @@ inline void proximal_affinity(double* affinity, const double* before, const doub
   }
 }
 
-/// A number in [-1, 1) for each pair of tasks, not symmetric: what tells equal similarities apart.
-inline double tie_breaker(int size, int i, int k) {
-  const double turns = double(int64_t(i) * size + k + 1) * 0.6180339887498949;
-  return 2.0 * (turns - std::floor(turns)) - 1.0;
-}
+/// By how much of the largest similarity the first task is a better exemplar than the last: what decides between equal ones.
+constexpr double kTie = 1e-12;
 
 /// Affinity propagation on one problem.
 class AffinityPropagation {
@@ -55,17 +52,22 @@ class AffinityPropagation {
   bool cluster(const double* similarity, double preference, double damping, int64_t max_iter, int64_t convergence_iter,
                int64_t* labels) {
     bool finite = std::fabs(preference) <= DBL_MAX, equal = true;
+    double largest = std::fabs(preference);
     const double first = size_ > 1 ? similarity[1] : preference;
     for (int i = 0; i < size_; ++i) {
       for (int k = 0; k < size_; ++k) {
         const double value = i == k ? preference : similarity[i * size_ + k];
         finite = finite && std::fabs(value) <= DBL_MAX;
         equal = equal && (i == k || value == first);
-        similarity_[i * size_ + k] = value + (DBL_EPSILON * value + 100 * DBL_MIN) * tie_breaker(size_, i, k);
+        similarity_[i * size_ + k] = value;
+        largest = std::fmax(largest, std::fabs(value));
       }
     }
     for (int i = 0; i < size_; ++i) labels[i] = finite && equal ? (preference > first ? i : 0) : -1;
     if (!finite || equal) return finite;
+    for (int i = 0; i < size_; ++i) {
+      for (int k = 0; k < size_; ++k) similarity_[i * size_ + k] -= kTie * largest * (double(k) / size_);
+    }
     bool converged = false;
     std::fill(responsibility_.begin(), responsibility_.end(), 0.0);
     std::fill(availability_.begin(), availability_.end(), 0.0);

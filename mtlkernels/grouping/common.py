@@ -37,7 +37,7 @@ def host_matrix(affinity: Tensor | Sequence[Sequence[float]], argument: str = "a
     Raises:
         ValueError: another shape, no task, or an entry that is not finite; the message names it.
     """
-    tensor = torch.as_tensor(affinity).detach()
+    tensor = affinity.detach() if isinstance(affinity, Tensor) else torch.as_tensor(affinity, dtype=torch.float64)
     if tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1] or tensor.shape[0] == 0:
         raise ValueError(f"{argument} has shape {tuple(tensor.shape)}; pass [K, K] with K of 1 or more.")
     matrix: Matrix = tensor.to("cpu", torch.float64).numpy()

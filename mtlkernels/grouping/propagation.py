@@ -5,17 +5,15 @@ from torch import Tensor
 
 from .._library import define
 
-GOLDEN = 0.6180339887498949
+TIE = 1e-12
+"""By how much of the largest similarity the first task is a better exemplar than the last: what decides between equal ones."""
 
 
 def _perturbed(similarity: Tensor) -> Tensor:
-    """Equal similarities told apart in their last bit, by a number of each pair that is the same in every run."""
+    """Similarities [B, K, K] to later tasks a little lower, so that equal choices go to the first."""
     size = similarity.shape[-1]
-    index = torch.arange(1, size * size + 1, dtype=torch.float64, device=similarity.device).view(size, size)
-    turns = index * GOLDEN
-    noise = 2.0 * (turns - turns.floor()) - 1.0
-    info = torch.finfo(torch.float64)
-    return similarity + (info.eps * similarity + 100 * info.tiny) * noise
+    later = torch.arange(size, dtype=torch.float64, device=similarity.device) / size
+    return similarity - TIE * similarity.abs().flatten(1).amax(-1)[:, None, None] * later
 
 
 def _nearest(similarity: Tensor, exemplar: Tensor) -> Tensor:
