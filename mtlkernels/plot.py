@@ -389,6 +389,33 @@ def groups_over_time(
     return axes.figure
 
 
+def groups_summary(
+    affinity: ArrayLike,
+    similarity: ArrayLike,
+    groups: Sequence[Sequence[Sequence[int]]],
+    tasks: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """One page on a run in groups: the affinity and the groups at its end, and the groups over time.
+
+    Args:
+        affinity: [K, K], as :func:`affinity_matrix` takes it.
+        similarity: [K, K], as :func:`group_graph` takes it.
+        groups: T partitions, the last one at least.
+        tasks: K names.
+        title: of the page.
+    """
+    figure = _new_figure((13.0, 10.5))
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1.0))
+    left, right = top.subplots(1, 2)
+    affinity_matrix(affinity, tasks, groups[-1], title="Affinity at the end, in the order of the groups", axes=left)
+    group_graph(similarity, tasks, groups[-1], title="Groups at the end, and the most similar pairs", axes=right)
+    groups_over_time(groups, tasks, title="Groups over time: tasks of one colour share a group", axes=bottom.subplots())
+    return figure
+
+
 def _square(matrix: ArrayLike, tasks: Sequence[str]) -> Array:
     values = np.asarray(matrix, dtype=np.float64)
     if values.shape != (len(tasks), len(tasks)):
