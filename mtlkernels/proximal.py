@@ -104,7 +104,6 @@ class ProximalAffinity(torch.nn.Module):
     def start_batch(self) -> None:
         """Forgets the losses of the batch before: losses of two batches are not compared."""
         self._last = None
-        self.previous.fill_(torch.nan)
 
     @torch.no_grad()
     def update(self, group: Sequence[int], losses: Tensor | Sequence[Tensor | None], *, skipped: Tensor | None = None) -> None:

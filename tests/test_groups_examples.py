@@ -1,6 +1,7 @@
 """The examples of groups run, and print numbers that are recomputed by hand; their pictures show what they are given."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,12 @@ def test_rand_index_is_scikit_learns():
         labels = rng.integers(0, 3, size=(2, 12))
         first, second = ([np.flatnonzero(row == v).tolist() for v in set(row.tolist())] for row in labels)
         assert planted.rand_index(first, second) == pytest.approx(adjusted_rand_score(*labels))
+
+
+def test_the_code_of_the_page_runs(capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/groups.md").read_text(), re.MULTILINE | re.DOTALL)
+    exec(compile(block, "docs/groups.md", "exec"), {})
+    assert "tensor" in capsys.readouterr().out
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------------
