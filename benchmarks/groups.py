@@ -1,9 +1,9 @@
 """What selective task group updates add to the forward and backward passes and the steps: Yeast, 14 tasks.
 
-Prints, for networks of several sizes, the CPU time of a batch of :class:`mtlkernels.SelectiveGroupOptimizer` and the share of it
-that is not in the losses, the backward passes and the inner optimizer's steps: bookkeeping of the affinity, forming the groups,
-drawing the order, checks. Also what a loop written out by hand takes for the same visits, interleaved in the same run; both are
-thread times, so that other processes do not count.
+Prints, for networks of several sizes, the CPU time of a batch of :class:`mtlkernels.SelectiveGroupOptimizer` and the share of
+it that is not in the losses, the backward passes and the inner optimizer's steps: bookkeeping of the affinity, forming the
+groups, drawing the order, checks. Also what a loop written out by hand takes for the same visits, interleaved in the same run;
+both are thread times, so that other processes do not count.
 
     python -m benchmarks.groups
 """
@@ -98,6 +98,24 @@ def measure(data: Table, width: int, rows: int) -> tuple[float, float, float]:
     return 1e3 * hand_s, 1e3 * ours_s, 100 * share
 
 
+def measure_alone(repeats: int = 300) -> tuple[float, float]:
+    """Microseconds of an update of the affinity and of forming the groups, called again and again; medians."""
+    generator = torch.Generator().manual_seed(0)
+    affinity = mtl.ProximalAffinity(14)
+    affinity.matrix.copy_(torch.rand(14, 14, generator=generator) + torch.eye(14))
+    losses = torch.rand(14, generator=generator).double()
+    calls: tuple[Callable[[], Any], ...] = (lambda: affinity.update([1, 2, 3], losses), affinity.groups)
+    times = []
+    for call in calls:
+        column = []
+        for _ in range(repeats):
+            start = time.thread_time()
+            call()
+            column.append(time.thread_time() - start)
+        times.append(1e6 * statistics.median(column))
+    return times[0], times[1]
+
+
 def main() -> None:
     torch.set_num_threads(1)
     data, _ = load_yeast()
@@ -107,6 +125,8 @@ def main() -> None:
     for width, rows in SIZES:
         hand, ours, share = measure(data, width, rows)
         print(f"| {width} | {rows} | {hand:.1f} | {ours:.1f} | {ours / hand:.3f} | {share:.2f} |", flush=True)
+    update, groups = measure_alone()
+    print(f"The K x K work alone: {update:.0f} us a visit to update the affinity, {groups:.0f} us a batch to form the groups.")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class Run:
     visits: float
     """Steps a batch; of single-task training, of one of its networks."""
     step_ms: float
-    """Milliseconds a batch, of single-task training for all networks."""
+    """CPU milliseconds a batch, of single-task training for all networks."""
     groups: list[Groups] = field(default_factory=list)
     """The groups of each batch."""
     affinity: Tensor | None = None
@@ -137,9 +137,9 @@ def train(method: str, data: tuple[Table, Table], classes: bool, steps: int, see
     groups, visits, seconds = [], 0, 0.0
     for rows in batches(len(train_rows), BATCH, steps, seed):
         inputs, targets = train_rows.inputs[rows], {task: values[rows] for task, values in train_rows.targets.items()}
-        start = time.perf_counter()
+        start = time.thread_time()
         info = optimizer.step(lambda: {t: loss_of(o, targets[t], classes) for t, o in net(inputs).items()})  # noqa: B023
-        seconds += time.perf_counter() - start
+        seconds += time.thread_time() - start
         visits += len(info.groups)
         groups.append([list(group) for group in optimizer.groups])
     affinity = optimizer.affinity
@@ -177,7 +177,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def table(runs: dict[str, list[Run]], tasks: Sequence[str]) -> list[list[str]]:
     """Header and a row for each method."""
-    rows = [["method", "mean test error", "Delta m, %", "visits a batch", "ms a batch"]]
+    rows = [["method", "mean test error", "Delta m, %", "visits a batch", "CPU ms a batch"]]
     for method, done in runs.items():
         means = [statistics.mean(run.scores[task] for task in tasks) for run in done]
         gains = [delta_m(run.scores, alone.scores) for run, alone in zip(done, runs["single"], strict=True)]
@@ -207,7 +207,7 @@ def report(name: str, runs: dict[str, list[Run]], tasks: Sequence[str], options:
     text = (
         f"Written by `{command}`: {options.seeds} seeds of {options.steps} batches of {BATCH} rows, mean ± standard deviation. "
         f"Error: {measure}, lower is better. Delta m: mean relative change of the error against single task, lower is better. "
-        "Every seed has its own split and initial weights, the same for all methods. Times: one thread, busy machine. "
+        "Every seed has its own split and initial weights, the same for all methods. Times: CPU time of one thread. "
         f"Random and heterogeneous groups: {NUM_GROUPS}."
     )
     title = f"# Training in groups on {'Yeast, 14 tasks' if name == 'yeast' else 'QM9, 12 tasks'}"

@@ -1,10 +1,10 @@
 """Planted task clusters: which share of them does training find, and how much noise does it take to lose them?
 
 K regression tasks in equal clusters. Tasks of a cluster have one linear target in common, targets of different clusters are
-orthogonal, and each task adds a target of its own and label noise, both of the given size. A linear trunk is shared, too narrow
-for all targets at once. :class:`mtlkernels.SelectiveGroupOptimizer` trains on it; the affinity measured is grouped at the
-end. Printed: the adjusted Rand index of these groups against the planted ones (1: the same, 0: chance), mean and standard
-deviation over seeds, and how often the clusters were recovered exactly.
+orthogonal, and each task adds a target of its own and label noise, both of the given size. A linear trunk with two outputs a
+cluster is shared. :class:`mtlkernels.SelectiveGroupOptimizer` trains on it; the affinity measured is grouped at the end.
+Printed: the adjusted Rand index of these groups against the planted ones (1: the same, 0: chance), mean and standard deviation
+over seeds, and how often the clusters were recovered exactly.
 
     python examples/planted_groups.py            prints the table
     python examples/planted_groups.py --quick    one seed of a few batches

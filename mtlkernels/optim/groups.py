@@ -198,8 +198,9 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         Raises:
             ValueError: losses that do not fit, or other than the first visit's.
             RuntimeError: ``on_nonfinite="raise"`` and a visit's gradient is not finite.
-            Whatever is raised, by ``losses_fn`` too, a note on the exception tells the visit. That visit changed nothing (an
-            exception of the inner optimizer's step excepted), those before it stay, or none with ``transactional``.
+            Whatever is raised, by ``losses_fn`` too, a note on the exception tells the visit. That visit changed nothing
+            (except for what an exception of the inner optimizer's step leaves, and ``.grad``, which is None when a visit after
+            the first fails in its backward pass), those before it stay, or none with ``transactional``.
         """
         if not callable(losses_fn):
             raise ValueError(
@@ -305,7 +306,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         for loss in losses[1:]:
             total = total + loss
         params = self.params
-        before = [p.grad for p in params]
+        before = [None if info.completed else p.grad for p in params]  # held, it would cost the memory of a gradient
         try:
             for param in params:
                 param.grad = None
