@@ -240,6 +240,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                     skipped = self._step_group(ordered, group, scaler, info)
                     info.add(values, skipped)
                     self.affinity.update(group, values, skipped=skipped)
+                    ordered = []  # frees what the graphs of other groups hold, before the next losses
         except BaseException:
             if before is not None:
                 before.restore()
