@@ -115,6 +115,14 @@ def test_what_can_never_converge_says_so(backend, convergence_iter):
     assert not by_scikit_learn(similarity.numpy(), convergence_iter=convergence_iter)[1]
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (2, 0, 0), (0, 3, 3)], ids=str)
+def test_nothing_to_cluster(backend, shape):
+    labels, converged = affinity_propagation(torch.zeros(shape))
+    assert labels.shape == shape[:-1]
+    assert converged.shape == shape[:-2]
+    assert converged.all()
+
+
 def test_no_exemplar_at_all(backend):
     similarity = torch.tensor([[0.0, 5.0, 4.0], [5.0, 0.0, 3.0], [4.0, 3.0, 0.0]], dtype=torch.float64)
     labels, converged = affinity_propagation(similarity, max_iter=1, convergence_iter=1, preference=-50.0)

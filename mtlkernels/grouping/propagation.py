@@ -46,12 +46,12 @@ def affinity_propagation_reference(
     A(k,k) <- sum_{i' != k} max(0, R(i',k)). Exemplars: A(k,k) + R(k,k) > 0. Off the CPU all ``max_iter`` iterations run, so
     that no value is read on the host.
     """
-    size = similarity.shape[-1]
+    size, device = similarity.shape[-1], similarity.device
+    if similarity.numel() == 0:
+        labels = torch.zeros(similarity.shape[:-1], dtype=torch.int64, device=device)
+        return labels, torch.ones(similarity.shape[:-2], dtype=torch.bool, device=device)
     flat = similarity.reshape(-1, size, size)
-    device = flat.device
     labels = torch.zeros(flat.shape[:-1], dtype=torch.int64, device=device)
-    if flat.numel() == 0:
-        return labels.view(similarity.shape[:-1]), torch.ones(similarity.shape[:-2], dtype=torch.bool, device=device)
     task = torch.arange(size, device=device)
     diagonal = torch.eye(size, dtype=torch.bool, device=device)
     if preference is None:
