@@ -90,9 +90,7 @@ def cosine_matrix(
     Raises:
         ValueError: ``matrix`` is not [K, K] for K names.
     """
-    values = np.asarray(matrix, dtype=np.float64)
-    if values.shape != (len(tasks), len(tasks)):
-        raise ValueError(f"matrix has shape {values.shape}; {len(tasks)} tasks take [{len(tasks)}, {len(tasks)}].")
+    values = _square(matrix, tasks)
     axes = _new_axes(title, size=(4.2, 4.2)) if axes is None else _style(axes, title)
     axes.imshow(values, cmap="RdBu", vmin=-1.0, vmax=1.0)
     ticks = range(len(tasks))
@@ -319,3 +317,184 @@ def _style(axes: Axes, title: str) -> Axes:
     axes.grid(True, color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+# --- groups of tasks ----------------------------------------------------------------------------------------------------------
+
+
+def affinity_matrix(
+    matrix: ArrayLike,
+    tasks: Sequence[str],
+    groups: Sequence[Sequence[int]] | None = None,
+    *,
+    title: str = "Affinity",
+    axes: Axes | None = None,
+) -> Figure:
+    """An affinity matrix as a heat map: blue where row helps column, red where it harms; frames around groups.
+
+    The colour scale ends at the largest magnitude off the diagonal, so that the effect of tasks on themselves does not hide the
+    rest.
+
+    Args:
+        matrix: [K, K], row: the task that stepped, column: the task it did something to.
+        tasks: K names.
+        groups: task indices; the tasks are shown in their order. None: as they are.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: ``matrix`` is not [K, K] for K names, or ``groups`` do not hold each task once.
+    """
+    values = _square(matrix, tasks)
+    order = _order_of(groups, len(tasks))
+    axes = _new_axes(title, size=(6.2, 5.2)) if axes is None else _style(axes, title)
+    off_diagonal = values[~np.eye(len(tasks), dtype=bool)]
+    limit = float(np.nanmax(np.abs(off_diagonal), initial=0.0)) or 1.0
+    image = axes.imshow(values[np.ix_(order, order)], cmap="RdBu", vmin=-limit, vmax=limit)
+    names = [tasks[k] for k in order]
+    axes.set_xticks(range(len(tasks)), names, rotation=90)
+    axes.set_yticks(range(len(tasks)), names)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("a step of")
+    axes.set_xlabel("does to")
+    patches = require("matplotlib.patches", "matplotlib", "mtlkernels.plot")
+    start = 0
+    for group in groups or []:
+        size = len(group)
+        axes.add_patch(patches.Rectangle((start - 0.5, start - 0.5), size, size, fill=False, edgecolor=INK, linewidth=1.8))
+        start += size
+    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    return axes.figure
+
+
+def group_graph(
+    similarity: ArrayLike,
+    tasks: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    *,
+    title: str = "Groups",
+    axes: Axes | None = None,
+) -> Figure:
+    """Tasks on a circle, group by group, in the colour of their group; the more similar two tasks, the stronger their line.
+
+    Args:
+        similarity: [K, K], symmetric, as :attr:`mtlkernels.ProximalAffinity.similarity`. The upper third of the pairs is drawn.
+        tasks: K names.
+        groups: task indices.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: as of :func:`affinity_matrix`.
+    """
+    values = _square(similarity, tasks)
+    order = _order_of(groups, len(tasks))
+    axes = _new_axes(title, size=(5.4, 5.4)) if axes is None else _style(axes, title)
+    angle = 2 * np.pi * np.argsort(order) / len(tasks)
+    places = np.stack([np.cos(angle), np.sin(angle)], 1)
+    rows, columns = np.triu_indices(len(tasks), 1)
+    strength = values[rows, columns]
+    if len(strength):
+        low, high = float(np.nanquantile(strength, 2 / 3)), float(np.nanmax(strength))
+        for i, j, value in zip(rows, columns, strength, strict=True):
+            share = (value - low) / (high - low) if high > low else 1.0
+            if share >= 0:
+                axes.plot(*places[[i, j]].T, color=INK, alpha=0.1 + 0.7 * share, linewidth=0.5 + 2.5 * share, zorder=1)
+    for g, group in enumerate(groups):
+        axes.scatter(*places[list(group)].T, s=170, color=COLOURS[g % len(COLOURS)], edgecolors="white", zorder=2)
+    for task, (x, y) in zip(tasks, places * 1.13, strict=True):
+        axes.text(x, y, task, ha="left" if x > 0.2 else "right" if x < -0.2 else "center", va="center", fontsize=9, color=INK)
+    axes.set_axis_off()
+    axes.set_aspect("equal")
+    axes.set_xlim(-1.6, 1.6)
+    axes.set_ylim(-1.45, 1.45)
+    return axes.figure
+
+
+def groups_over_time(
+    groups: Sequence[Sequence[Sequence[int]]],
+    tasks: Sequence[str],
+    *,
+    title: str = "Groups over time",
+    axes: Axes | None = None,
+) -> Figure:
+    """Which tasks share a group in each batch: a line of colour for each task; tasks of one colour in a column are a group.
+
+    A group has the colour of its first task, so that a group that stays keeps its colour.
+
+    Args:
+        groups: T partitions, task indices, as :attr:`mtlkernels.SelectiveGroupOptimizer.groups` was in each batch.
+        tasks: K names.
+        title: above the axes.
+        axes: where to draw; None: a new figure.
+
+    Raises:
+        ValueError: a partition that does not hold each task once.
+    """
+    axes = _new_axes(title, size=(8.0, 4.2)) if axes is None else _style(axes, title)
+    first = np.empty((len(tasks), len(groups)), dtype=np.int64)
+    for step, partition in enumerate(groups):
+        _order_of(partition, len(tasks))
+        for group in partition:
+            first[list(group), step] = min(group)
+    colors = require("matplotlib.colors", "matplotlib", "mtlkernels.plot")
+    matplotlib = require("matplotlib", "matplotlib", "mtlkernels.plot")
+    palette = matplotlib.colormaps["tab20"](np.arange(len(tasks)) % 20)
+    axes.imshow(
+        first,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colors.ListedColormap(palette),
+        vmin=-0.5,
+        vmax=len(tasks) - 0.5,
+        extent=(0, max(len(groups), 1), len(tasks) - 0.5, -0.5),
+    )
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.set_xlabel("batch")
+    return axes.figure
+
+
+def groups_summary(
+    affinity: ArrayLike,
+    similarity: ArrayLike,
+    groups: Sequence[Sequence[Sequence[int]]],
+    tasks: Sequence[str],
+    *,
+    title: str,
+) -> Figure:
+    """One page on a run in groups: the affinity and the groups at its end, and the groups over time.
+
+    Args:
+        affinity: [K, K], as :func:`affinity_matrix` takes it.
+        similarity: [K, K], as :func:`group_graph` takes it.
+        groups: T partitions, the last one at least.
+        tasks: K names.
+        title: of the page.
+    """
+    figure = _new_figure((13.0, 10.5))
+    figure.suptitle(title, fontsize=15, fontweight="bold", color=INK)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.35, 1.0))
+    left, right = top.subplots(1, 2)
+    affinity_matrix(affinity, tasks, groups[-1], title="Affinity at the end, in the order of the groups", axes=left)
+    group_graph(similarity, tasks, groups[-1], title="Groups at the end, and the most similar pairs", axes=right)
+    groups_over_time(groups, tasks, title="Groups over time: tasks of one colour share a group", axes=bottom.subplots())
+    return figure
+
+
+def _square(matrix: ArrayLike, tasks: Sequence[str]) -> Array:
+    values = np.asarray(matrix, dtype=np.float64)
+    if values.shape != (len(tasks), len(tasks)):
+        raise ValueError(f"matrix has shape {values.shape}; {len(tasks)} tasks take [{len(tasks)}, {len(tasks)}].")
+    return values
+
+
+def _order_of(groups: Sequence[Sequence[int]] | None, num_tasks: int) -> list[int]:
+    """The tasks in the order of their groups."""
+    order = list(range(num_tasks)) if groups is None else [task for group in groups for task in group]
+    if sorted(order) != list(range(num_tasks)):
+        raise ValueError(f"groups hold the tasks {sorted(order)}; put each of the {num_tasks} tasks into exactly one.")
+    return order

@@ -220,6 +220,16 @@ OPCHECKS = {
     "imtl_g_weights": lambda: (OPS.imtl_g_weights, (symmetric(3), None, 1e-14)),
     "aligned_mtl_weights": lambda: (OPS.aligned_mtl_weights, (symmetric(3), None, W3.double().abs(), 1, 1e-14)),
     "gradvac_weights": lambda: (OPS.gradvac_weights, (symmetric(3), symmetric(3) * 0, None, torch.tensor(7), 0.5, 0.0)),
+    "affinity_propagation": lambda: (OPS.affinity_propagation, (symmetric(3), None, 0.5, 200, 15)),
+    "affinity_propagation, batch": lambda: (OPS.affinity_propagation, (symmetric(2, 3).mT, 0.5, 0.9, 50, 15)),
+    "proximal_affinity_": lambda: (
+        OPS.proximal_affinity_,
+        (symmetric(3), torch.ones(3).double(), W3.double().abs(), [0, 2], 0.5, torch.tensor(True)),
+    ),
+    "proximal_affinity_, first": lambda: (
+        OPS.proximal_affinity_,
+        (symmetric(3), torch.full((3,), torch.nan).double(), W3.double(), [], 0.5, None),
+    ),
     **{
         f"{op}, {name}": lambda op=op, make=make: (getattr(OPS, op), (make(),))
         for op in ("cosine", "magnitude_similarity", "conflict_rate", "condition_number")

@@ -37,6 +37,8 @@ OPS = {
     "dualproj_weights",
     "pcd_weights",
     "upgrad_weights",
+    "affinity_propagation",
+    "proximal_affinity_",
 }
 COMPILED = {"gram", "cross_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix"}
 

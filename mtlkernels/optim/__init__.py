@@ -1,7 +1,15 @@
 """The optimizer layer."""
 
-from .info import PriorityInfo, StepInfo
+from .groups import SelectiveGroupOptimizer
+from .info import GroupsInfo, PriorityInfo, StepInfo
 from .multitask import MultiTaskOptimizer
 from .priority import TaskPriorityOptimizer
 
-__all__ = ["MultiTaskOptimizer", "PriorityInfo", "StepInfo", "TaskPriorityOptimizer"]
+__all__ = [
+    "GroupsInfo",
+    "MultiTaskOptimizer",
+    "PriorityInfo",
+    "SelectiveGroupOptimizer",
+    "StepInfo",
+    "TaskPriorityOptimizer",
+]

@@ -109,6 +109,46 @@ class PriorityInfo:
         return f"PriorityInfo(tasks={self.tasks}, phase={self.phase}, visits={self.visits}, host_reads={self.host_reads})"
 
 
+class GroupsInfo:
+    """What a batch of group visits did. Tensors stay on the device until they are read.
+
+    Attributes:
+        tasks: the K task names.
+        groups: the tasks that each of the M visits stepped, in the order of the visits.
+        host_reads: how many times this layer read the device: one where groups were formed, and those of the steps.
+        steps: the info of each visit's step; empty without a weighting.
+    """
+
+    def __init__(self, tasks: tuple[Task, ...], groups: list[list[Task]], host_reads: int) -> None:
+        self.tasks, self.groups, self.host_reads = tasks, groups, host_reads
+        self.steps: list[StepInfo] = []
+        self._losses: list[Tensor] = []
+        self._skipped: list[Tensor] = []
+
+    @property
+    def completed(self) -> int:
+        """How many visits were completed."""
+        return len(self._losses)
+
+    def add(self, losses: Tensor, skipped: Tensor) -> None:
+        """Takes in one visit: its losses [K] and whether its step was skipped."""
+        self._losses.append(losses)
+        self._skipped.append(skipped)
+
+    @property
+    def losses(self) -> Tensor:
+        """float64 [M, K]: all losses before each visit's step, unweighted; NaN for a task that was absent."""
+        return torch.stack(self._losses)
+
+    @property
+    def skipped(self) -> Tensor:
+        """bool [M]: the visits that stepped nothing, because their gradient was not finite."""
+        return torch.stack(self._skipped)
+
+    def __repr__(self) -> str:
+        return f"GroupsInfo(groups={self.groups}, host_reads={self.host_reads})"
+
+
 class UpdateNorm:
     """|update|^2 = w' G w over the shared parameters + a' H a over the others.
 

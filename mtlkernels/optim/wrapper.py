@@ -149,7 +149,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if not flags:
             inner.step()
             return 0
-        flag = torch.stack(flags).amax()
+        flag = torch.stack(flags).amax() if len(flags) > 1 else flags[0]
         if not self._takes_found_inf():
             if not bool(flag):
                 inner.step()

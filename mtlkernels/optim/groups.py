@@ -1,0 +1,409 @@
+"""Selective task group updates: several steps a batch, one for each group of tasks, in groups that training itself finds."""
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..distributed import check_single_process
+from ..grouping.common import Groups, check_partition
+from ..proximal import ProximalAffinity, stack_losses
+from ..weightings import Weighting
+from .info import GroupsInfo, StepInfo
+from .losses import Losses, order_losses, task_names
+from .multitask import MultiTaskOptimizer, Nonfinite
+from .roles import Roles, Task
+from .undo import Snapshot, load_buffers
+from .visits import BatchSnapshot, visit
+from .wrapper import WrappedOptimizer, with_step_hooks
+
+Grouping = Callable[[ProximalAffinity, Groups], Sequence[Sequence[int]]]
+"""The affinity and the groups so far -> the groups of the next batch. :meth:`ProximalAffinity.groups` is one."""
+
+SingleGroup = Literal["twice", "once"]
+
+STATE_KEY = "groups"
+"""Entry of the state dict that holds the affinity, the groups and what the next order is drawn from."""
+
+
+class SelectiveGroupOptimizer(WrappedOptimizer):
+    """A torch optimizer that visits a batch once for each group of tasks and forms the groups from their affinity.
+
+    Jeong and Yoon 2025. For each group, in random order: all losses at the current parameters, one backward pass of the sum of
+    the group's weighted losses, one step of the shared parameters and the group's heads. The heads of other groups stay as they
+    are: their ``.grad`` is None. How the losses change from visit to visit updates :class:`ProximalAffinity`, from which the
+    groups of the next batch are formed. M groups cost M forward passes, M backward passes and M steps a batch.
+
+    Args:
+        optimizer: the torch optimizer that applies each step; ``.optimizer`` afterwards.
+        weighting: how the gradients within a group are combined. None: the plain gradient of the weighted sum, one backward
+            pass. A :class:`Weighting` or its name: one backward pass for each task of the group, as of
+            :class:`MultiTaskOptimizer` with the other tasks absent.
+        loss_weights: {task: number}, w_k of L_k in the steps; 1 for a task that is not named. Affinities are of L_k itself.
+        shared, heads: as of :class:`MultiTaskOptimizer`; without a weighting and a ``head_lr_factor`` neither is needed.
+        head_lr_factor: the heads' learning rate, as a multiple of their group's (the number of tasks, in the released code).
+            Splits the optimizer's parameter groups at construction, where ``heads`` name them; make schedulers afterwards.
+        tasks: the task names. None: fixed by the first losses.
+        affinity: the affinity to update and group by; ``.affinity`` afterwards. None: ``ProximalAffinity(K)``.
+        groups: the groups to start from, of task names. None: every task on its own.
+        warmup: batches that keep the first groups. (The released code's batches 0 to 100 are 101.)
+        grouping: forms the groups of every batch from then on; None: the first groups stay. The default reads the K x K matrix
+            on the host, once a batch; groups have to be known there.
+        single_group: what a batch with one group of two or more tasks does. ``"twice"``: two visits, two steps, as the released
+            code does; without the second nothing is measured. ``"once"``: one step; the affinity stays as it is.
+        seed: of the visiting orders. The order of a batch is a function of the seed and of how many batches were before it.
+        max_norm: clips each visit's gradient, over all parameters; ``math.inf`` only looks whether it is finite.
+        on_nonfinite: what a visit that is not finite does. ``"skip"``: it steps nothing, and nothing is credited to it.
+            ``"raise"``: a ``RuntimeError``. ``"drop_task"``: with a weighting only. With neither weighting nor ``max_norm`` nor
+            a scaler the group's losses decide, as a look at the gradient would be a read of it; otherwise the gradient.
+        transactional: copy parameters and the inner state before each batch, and put them back when anything in it raises.
+            Costs their memory and one read and write a batch. Without, the visits that were completed stay.
+        module: the model, whose buffers (batch-norm statistics) ``transactional`` puts back, too.
+        **options: further options of :class:`MultiTaskOptimizer`, with a weighting.
+
+    Attributes:
+        groups: the groups of the last batch, as indices into ``tasks``; those to start from before the first.
+        batches: how many batches were stepped.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it and the fix.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weighting: str | Weighting | None = None,
+        *,
+        loss_weights: Mapping[Any, float] | None = None,
+        shared: Iterable[Tensor] | None = None,
+        heads: Mapping[Any, Iterable[Tensor]] | None = None,
+        head_lr_factor: float = 1.0,
+        tasks: Sequence[Task] | None = None,
+        affinity: ProximalAffinity | None = None,
+        groups: Sequence[Sequence[Task]] | None = None,
+        warmup: int = 101,
+        grouping: Grouping | None = ProximalAffinity.groups,
+        single_group: SingleGroup = "twice",
+        seed: int = 0,
+        max_norm: float | None = None,
+        on_nonfinite: Nonfinite = "skip",
+        transactional: bool = False,
+        module: torch.nn.Module | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(optimizer)
+        for name, value, known in (
+            ("single_group", single_group, get_args(SingleGroup)),
+            ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
+        if warmup < 0:
+            raise ValueError(f"warmup is {warmup}; pass 0 or more batches.")
+        if not head_lr_factor > 0:
+            raise ValueError(f"head_lr_factor is {head_lr_factor}; pass a positive number.")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
+        if affinity is not None and not isinstance(affinity, ProximalAffinity):
+            raise ValueError(f"affinity is a {type(affinity).__name__}; pass a mtlkernels.ProximalAffinity(num_tasks).")
+        if weighting is None and options:
+            raise ValueError(f"{', '.join(options)} belongs to a weighting; pass one, or leave it out.")
+        if weighting is not None and shared is None and heads is None:
+            raise ValueError("a weighting needs shared=parameters or heads={task: parameters}: no visit has every task.")
+        if weighting is None and on_nonfinite == "drop_task":
+            raise ValueError('on_nonfinite="drop_task" needs a gradient for each task; pass a weighting, or "skip" or "raise".')
+        check_single_process(self.params)
+        shared = None if shared is None else list(shared)
+        heads = {task: list(params) for task, params in heads.items()} if isinstance(heads, Mapping) else heads
+        self._heads = Roles(self.params, shared, heads).heads
+        self._multi: MultiTaskOptimizer | None = None
+        if weighting is not None:
+            self._multi = MultiTaskOptimizer(
+                optimizer, weighting, shared=shared, heads=heads, max_norm=max_norm, on_nonfinite=on_nonfinite, **options
+            )
+        if head_lr_factor != 1:
+            self._split_heads(head_lr_factor)
+        self.tasks = None
+        self.affinity, self.groups = affinity, []
+        self.loss_weights = dict(loss_weights or {})
+        self.warmup, self.grouping, self.single_group, self.seed = warmup, grouping, single_group, seed
+        self.max_norm, self.on_nonfinite, self.transactional, self.module = max_norm, on_nonfinite, transactional, module
+        self.batches = 0
+        self._first_groups = groups
+        self._tasks_given = tasks is not None
+        if tasks is not None:
+            self._fix_tasks(task_names(tasks))
+
+    tasks: tuple[Task, ...] | None
+    groups: Groups
+
+    def _split_heads(self, factor: float) -> None:
+        """Moves the heads of each parameter group into one of its own, with ``factor`` times its learning rate."""
+        in_heads = {id(p) for params in self._heads.values() for p in params}
+        if not in_heads:
+            raise ValueError("head_lr_factor needs heads={task: parameters}, to know which parameters it is for.")
+        for group in list(self.param_groups):
+            moved = [n for n, p in enumerate(group["params"]) if id(p) in in_heads]
+            if moved and "initial_lr" in group:
+                raise ValueError("head_lr_factor changes learning rates that a scheduler has taken over; make it afterwards.")
+            if not moved:
+                continue
+            if len(moved) == len(group["params"]):
+                group["lr"] = group["lr"] * factor
+                continue
+            own = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+            for name in {"params", "param_names"} & set(group):
+                own[name] = [group[name][n] for n in moved]
+                group[name] = [value for n, value in enumerate(group[name]) if n not in moved]
+            self.param_groups.append(own | {"lr": group["lr"] * factor})
+
+    def _fix_tasks(self, names: tuple[Task, ...]) -> None:
+        """Takes over the task names, and sets up what has their number. Changes nothing when it raises."""
+        for argument, keys in (("heads", self._heads), ("loss_weights", self.loss_weights)):
+            for task in keys:
+                if task not in names:
+                    raise ValueError(
+                        f"{argument} names the unknown task {task!r}; the tasks are {', '.join(map(repr, names))}."
+                    )
+        if self._first_groups is None:
+            groups = [[k] for k in range(len(names))]
+        else:
+            unknown = [task for group in self._first_groups for task in group if task not in names]
+            if unknown:
+                raise ValueError(f"groups names the unknown task {unknown[0]!r}; the tasks are {', '.join(map(repr, names))}.")
+            groups = check_partition([[names.index(task) for task in group] for group in self._first_groups], len(names))
+        affinity = ProximalAffinity(len(names)) if self.affinity is None else self.affinity
+        if affinity.num_tasks != len(names):
+            raise ValueError(f"affinity is of {affinity.num_tasks} tasks instead of {len(names)}; pass a ProximalAffinity.")
+        self.affinity = affinity.to(self.device)
+        self.tasks, self.groups = names, groups
+
+    # --- a batch ---------------------------------------------------------------------------------------------------------
+
+    @with_step_hooks
+    def step(  # type: ignore[override]  # a closure that returns losses instead of a number
+        self, losses_fn: Callable[[], Losses], *, scaler: torch.amp.GradScaler | None = None
+    ) -> GroupsInfo:
+        """Visits one batch. Call a learning-rate scheduler once after it, as after any step.
+
+        Args:
+            losses_fn: the losses of this batch at the current parameters, {task: scalar} or a sequence, unscaled; called once a
+                visit. A task that is missing or None is absent: it is no member of its group in this batch, and its
+                affinities stay. The same tasks must be there in every visit of a batch.
+            scaler: scales each visit's loss; each visit is one ``scaler.step`` and ``scaler.update``.
+
+        Raises:
+            ValueError: losses that do not fit, or other than the first visit's.
+            RuntimeError: ``on_nonfinite="raise"`` and a visit's gradient is not finite.
+            Whatever is raised, by ``losses_fn`` too, a note on the exception tells the visit. That visit changed nothing
+            (except for what an exception of the inner optimizer's step leaves, and ``.grad``, which is None when a visit after
+            the first fails in its backward pass), those before it stay, or none with ``transactional``.
+        """
+        if not callable(losses_fn):
+            raise ValueError(
+                f"losses_fn is a {type(losses_fn).__name__}; pass a function without arguments that returns losses."
+            )
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
+            raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if scaler is not None and self.on_nonfinite != "skip":
+            raise ValueError(
+                f'on_nonfinite="{self.on_nonfinite}" keeps an overflow from the scaler, whose scale would never go down; '
+                'pass on_nonfinite="skip" to train with a GradScaler.'
+            )
+        check_single_process()
+        before = self._snapshot() if self.transactional else None
+        own = self.tasks, self.groups, self.affinity
+        info = None
+        try:
+            with visit(0, "before its group was chosen"):
+                ordered = self._losses(losses_fn)
+                reads = self._regroup()
+            assert self.tasks is not None
+            assert self.affinity is not None
+            present = tuple(k for k, loss in enumerate(ordered) if loss is not None)
+            visits = self._visits(present)
+            info = GroupsInfo(self.tasks, [[self.tasks[k] for k in group] for group in visits], reads)
+            self.affinity.start_batch()
+            for number, group in enumerate(visits):
+                with visit(number, f"of the group {info.groups[number]}"):
+                    if number:
+                        ordered = self._losses(losses_fn)
+                        if tuple(k for k, loss in enumerate(ordered) if loss is not None) != present:
+                            raise ValueError("losses_fn returned other tasks than in the first visit of the batch.")
+                    with torch.no_grad():
+                        values = stack_losses(ordered, self.device)
+                    skipped = self._step_group(ordered, group, scaler, info)
+                    info.add(values, skipped)
+                    self.affinity.update(group, values, skipped=skipped)
+                    ordered = []  # frees what the graphs of other groups hold, before the next losses
+        except BaseException:
+            if before is not None:
+                before.restore()
+            if before is not None or info is None or not info.completed:
+                self.tasks, self.groups, self.affinity = own
+            raise
+        self.batches += 1
+        return info
+
+    def _losses(self, losses_fn: Callable[[], Losses]) -> list[Tensor | None]:
+        with torch.enable_grad():
+            losses = losses_fn()
+        tasks, ordered = order_losses(losses, self.tasks)
+        if self.tasks is None:
+            self._fix_tasks(tasks)
+        return ordered
+
+    def _regroup(self) -> int:
+        """Forms this batch's groups; returns how many host reads it took."""
+        if self.grouping is None or self.batches < self.warmup:
+            return 0
+        assert self.affinity is not None
+        self.groups = check_partition(self.grouping(self.affinity, self.groups), self.affinity.num_tasks)
+        return 1
+
+    def _visits(self, present: tuple[int, ...]) -> Groups:
+        """The groups to visit in their order, of the tasks that are there."""
+        there = set(present)
+        groups = [[k for k in group if k in there] for group in self.groups]
+        groups = [group for group in groups if group]
+        draw = random.Random((self.seed << 32) + self.batches).random  # the same in every version of Python, and on every rank
+        keys = [draw() for _ in groups]
+        visits = [group for _, group in sorted(zip(keys, groups, strict=True))]
+        return visits * 2 if len(visits) == 1 and len(present) > 1 and self.single_group == "twice" else visits
+
+    def _step_group(
+        self, losses: Sequence[Tensor | None], group: list[int], scaler: torch.amp.GradScaler | None, info: GroupsInfo
+    ) -> Tensor:
+        """One visit's backward passes and step; returns whether it was skipped, a bool scalar."""
+        assert self.tasks is not None
+        weighted = []
+        for k in group:
+            loss, weight = losses[k], self.loss_weights.get(self.tasks[k], 1.0)
+            assert loss is not None
+            weighted.append(loss if weight == 1 else loss * weight)
+        if self._multi is None:
+            return self._step_sum(weighted, scaler, info)
+        chosen = dict(zip((self.tasks[k] for k in group), weighted, strict=True))
+        self._multi.tasks = self.tasks
+        if scaler is None:
+            step = self._multi.step(chosen)
+        else:
+            self._multi.zero_grad()
+            step = self._multi.backward(chosen, scaler)
+            scaler.step(self._multi)
+            scaler.update()
+        info.host_reads += step.host_reads
+        info.steps.append(step)
+        return step.skipped
+
+    def _step_sum(self, losses: list[Tensor], scaler: torch.amp.GradScaler | None, info: GroupsInfo) -> Tensor:
+        """A step along the gradient of the sum of the losses."""
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss
+        params = self.params
+        before = [None if info.completed else p.grad for p in params]  # held, it would cost the memory of a gradient
+        try:
+            for param in params:
+                param.grad = None
+            (total if scaler is None else scaler.scale(total)).backward()
+            if scaler is None and self.max_norm is None:
+                skipped = ~(total.detach().abs() < torch.inf).reshape(())
+            else:
+                skipped = self._check_and_clip(params, scaler)
+            if self.on_nonfinite == "raise":
+                info.host_reads += 1
+                if bool(skipped):
+                    raise RuntimeError("the losses or gradients of this visit are not finite; it changed nothing.")
+            if scaler is None:
+                info.host_reads += self._step_inner(None if self.on_nonfinite == "raise" else skipped)
+            else:
+                scaler.step(self.optimizer)
+                scaler.update()
+        except BaseException:
+            for param, grad in zip(params, before, strict=True):
+                param.grad = grad
+            raise
+        return skipped
+
+    @torch.no_grad()
+    def _check_and_clip(self, params: list[Tensor], scaler: torch.amp.GradScaler | None) -> Tensor:
+        """Whether the gradient is not finite, in one read of it; scales it to ``max_norm``."""
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads:
+            raise ValueError("the losses of this group reach no parameter of the optimizer; add the model's to it.")
+        dense = [grad._values() if grad.is_sparse else grad for grad in grads]
+        square = ops.gram([dense])
+        assert isinstance(square, Tensor)
+        square = square.reshape(())
+        skipped = ~(square < torch.inf)
+        if self.max_norm is not None:
+            norm = square.sqrt()
+            if scaler is not None:
+                norm = norm / scaler.scale(torch.ones((), device=self.device)).double()
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
+            torch._foreach_mul_(dense, factor)
+        return skipped
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group to the inner optimizer; with a weighting its parameters find their role as there."""
+        (self.optimizer if self._multi is None else self._multi).add_param_group(param_group)
+
+    # --- failing and checkpoints ------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> BatchSnapshot:
+        modules = [self.module, self.affinity, None if self._multi is None else self._multi.weighting]
+        return BatchSnapshot(self.optimizer, [module for module in modules if module is not None])
+
+    def _extra_state(self) -> dict[str, Any]:
+        """``{"groups": {...}}``: task names, affinity, groups, and what the next order is drawn from."""
+        weighting = None if self._multi is None else dict(self._multi.weighting.state_dict())
+        return {
+            STATE_KEY: {
+                "tasks": None if self.tasks is None else list(self.tasks),
+                "groups": [list(group) for group in self.groups],
+                "batches": self.batches,
+                "seed": self.seed,
+                "affinity": None if self.affinity is None else dict(self.affinity.state_dict()),
+                "weighting": weighting,
+            }
+        }
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        """A state dict without the entry of its own leaves groups, affinity and order as they are."""
+        own = state_dict.pop(STATE_KEY, None)
+        before = self.tasks, self.groups, self.affinity, self.batches, self.seed
+        modules = [self.affinity, None if self._multi is None else self._multi.weighting]
+        snapshots = [Snapshot([], module) for module in modules if module is not None]
+        try:
+            if own is not None:
+                self._load_own(own)
+            self.optimizer.load_state_dict(state_dict)
+        except BaseException:
+            for snapshot in snapshots:
+                snapshot.restore()
+            self.tasks, self.groups, self.affinity, self.batches, self.seed = before
+            raise
+
+    def _load_own(self, own: dict[str, Any]) -> None:
+        if own["tasks"] is not None:
+            names = task_names(own["tasks"])
+            if self.tasks is not None and (set(self.tasks) != set(names) or (self._tasks_given and self.tasks != names)):
+                raise ValueError(f"the state dict has the tasks {names} instead of {self.tasks}; pass tasks={list(names)}.")
+            self._fix_tasks(names)
+            assert self.affinity is not None
+            self.groups = check_partition(own["groups"], len(names))
+            load_buffers(self.affinity, own["affinity"], self.device)
+        if (own["weighting"] is None) != (self._multi is None):
+            raise ValueError("the state dict was saved with a weighting and this optimizer has none, or the other way round.")
+        if self._multi is not None:
+            load_buffers(self._multi.weighting, own["weighting"], self.device)
+        self.batches, self.seed = own["batches"], own["seed"]
+
+
+__all__ = ["GroupsInfo", "SelectiveGroupOptimizer", "StepInfo"]
