@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/ptxsim")]
 import kernels  # noqa: E402
 import sass  # noqa: E402
 import torch  # noqa: E402
+from device import setup_script  # noqa: E402
 from kernels import LATENCY_SECONDS, OPS, Kernel, bytes_in_flight_bar, catalogue, compiled, run  # noqa: E402
 from ptxsim.roofline import CHIPS  # noqa: E402
 
@@ -67,6 +68,7 @@ def document() -> str:
     """The whole document."""
     if sass.find_nvdisasm() is None:
         sys.exit(sass.NO_NVDISASM)
+    setup_script()  # once, before threads ask for it: it swaps a function of setuptools meanwhile
     with ThreadPoolExecutor() as pool:
         list(pool.map(compiled, kernels.ARCHITECTURES))
     found = catalogue()

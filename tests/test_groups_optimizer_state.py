@@ -155,6 +155,7 @@ def test_transactional_batches_leave_nothing(call, optimizer, weighting, warm):
     with pytest.raises(KeyError) as caught:
         chosen.step(FailsAt(model, call))
     assert f"visit {call} of the batch" in caught.value.__notes__[-1]
+    assert call == 1 or f"the {call - 1} before it are undone" in caught.value.__notes__[-1]
     assert_same(everything(model, chosen), before)
     assert_equal(list(model.buffers()), buffers)
     assert all(p.grad is grad for p, grad in zip(model.parameters(), identities, strict=True))

@@ -13,9 +13,10 @@ from ..grouping.common import Groups, check_partition
 from ..proximal import ProximalAffinity, stack_losses
 from ..weightings import Weighting
 from .info import GroupsInfo, StepInfo
-from .losses import Losses, order_losses, task_names
+from .losses import Losses, loaded_names, order_losses, task_names
 from .multitask import MultiTaskOptimizer, Nonfinite
 from .roles import Roles, Task
+from .scaler import enabled_scaler
 from .undo import Snapshot, load_buffers
 from .visits import BatchSnapshot, visit
 from .wrapper import WrappedOptimizer, with_step_hooks
@@ -206,21 +207,13 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             raise ValueError(
                 f"losses_fn is a {type(losses_fn).__name__}; pass a function without arguments that returns losses."
             )
-        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
-            raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
-        if scaler is not None and not scaler.is_enabled():
-            scaler = None
-        if scaler is not None and self.on_nonfinite != "skip":
-            raise ValueError(
-                f'on_nonfinite="{self.on_nonfinite}" keeps an overflow from the scaler, whose scale would never go down; '
-                'pass on_nonfinite="skip" to train with a GradScaler.'
-            )
+        scaler = enabled_scaler(scaler, self.on_nonfinite)
         check_single_process()
         before = self._snapshot() if self.transactional else None
         own = self.tasks, self.groups, self.affinity
         info = None
         try:
-            with visit(0, "before its group was chosen"):
+            with visit(0, "before its group was chosen", self.transactional):
                 ordered = self._losses(losses_fn)
                 reads = self._regroup()
             assert self.tasks is not None
@@ -230,7 +223,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             info = GroupsInfo(self.tasks, [[self.tasks[k] for k in group] for group in visits], reads)
             self.affinity.start_batch()
             for number, group in enumerate(visits):
-                with visit(number, f"of the group {info.groups[number]}"):
+                with visit(number, f"of the group {info.groups[number]}", self.transactional):
                     if number:
                         ordered = self._losses(losses_fn)
                         if tuple(k for k, loss in enumerate(ordered) if loss is not None) != present:
@@ -392,9 +385,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
 
     def _load_own(self, own: dict[str, Any]) -> None:
         if own["tasks"] is not None:
-            names = task_names(own["tasks"])
-            if self.tasks is not None and (set(self.tasks) != set(names) or (self._tasks_given and self.tasks != names)):
-                raise ValueError(f"the state dict has the tasks {names} instead of {self.tasks}; pass tasks={list(names)}.")
+            names = loaded_names(own["tasks"], self.tasks, self._tasks_given)
+            assert names is not None
             self._fix_tasks(names)
             assert self.affinity is not None
             self.groups = check_partition(own["groups"], len(names))

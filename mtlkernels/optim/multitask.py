@@ -30,6 +30,7 @@ from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
 from .roles import Roles, Task
+from .scaler import enabled_scaler
 from .skip import SkipFlag
 from .undo import Snapshot, load_buffers
 from .wrapper import WrappedOptimizer, with_step_hooks
@@ -231,16 +232,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._roles = roles = roles.decided(ordered)
         scale = None
         scaled = ordered
-        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "is_enabled")):
-            raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
-        if scaler is not None and scaler.is_enabled():
-            if self.on_nonfinite != "skip":
-                raise ValueError(
-                    f'on_nonfinite="{self.on_nonfinite}" keeps an overflow from the scaler, whose scale would never go down; '
-                    'pass on_nonfinite="skip" to train with a GradScaler.'
-                )
-            scaled = [None if loss is None else scaler.scale(loss) for loss in ordered]
-            scale = scaler.scale(torch.ones((), device=self.device))  # the factor, without a host read
+        enabled = enabled_scaler(scaler, self.on_nonfinite)
+        if enabled is not None:
+            scaled = [None if loss is None else enabled.scale(loss) for loss in ordered]
+            scale = enabled.scale(torch.ones((), device=self.device))  # the factor, without a host read
         shared = roles.shared
         own, own_of_task = roles.own(tasks)
         computes = self._held.left <= 0

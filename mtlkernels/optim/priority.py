@@ -31,7 +31,9 @@ from ..weightings import Weighting, as_weighting
 from .info import PriorityInfo
 from .losses import Closures, check_loss, loaded_names, order_closures, task_names
 from .phases import Draw, Mode, Phases
-from .undo import Snapshot, Statistics, Transaction, load_buffers
+from .scaler import enabled_scaler
+from .undo import Snapshot, Statistics, load_buffers
+from .visits import BatchSnapshot, visit
 from .wrapper import WrappedOptimizer, with_step_hooks
 
 STATE_KEY = "priority"
@@ -244,20 +246,19 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             RuntimeError: ``on_nonfinite="raise"`` and an update is not finite.
             A visit that raises, for whatever reason, leaves parameters, ``.grad``, running statistics and draws as before it;
             only an exception of the inner step itself may leave what that had changed by then. The visits before it stay: the
-            error's note and ``completed`` name them. ``transactional=True`` undoes everything.
+            error's note counts them and ``completed`` names them. ``transactional=True`` undoes everything.
         """
         if closure is None:
             self._step_inner(None)
             return None
         tasks, closures = order_closures(closure, self.tasks)
-        self._check_scaler(scaler)
+        scaler = enabled_scaler(scaler, self.on_nonfinite)
         check_single_process(self.params)
         if self.gradients == "autograd":
             check_hooks(self.params, self.name_of)
         self._find_again()
         drawn, names = self.phases.state_dict(), self.tasks
-        before = Transaction(self.optimizer) if self.transactional else None
-        whole = (Snapshot(self.params, self._state_of_weighting), Statistics(self.model)) if self.transactional else ()
+        before = BatchSnapshot(self.optimizer, [self.model, self._state_of_weighting]) if self.transactional else None
         self.completed = ()
         try:
             info = PriorityInfo(tasks, self.phases.next())
@@ -265,21 +266,19 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             if info.phase == 1:
                 for k, run in enumerate(closures):
                     if run is not None:
-                        self._visit(tasks, [run if k == j else None for j in range(len(tasks))], scaler, info)
+                        with visit(len(self.completed), f"of task {tasks[k]!r}", self.transactional):
+                            self._visit(tasks, [run if k == j else None for j in range(len(tasks))], scaler, info)
                 if len(self._found) == len(tasks):
                     self._decide_layers(tasks)
             else:
-                self._visit(tasks, closures, scaler, info)
+                with visit(0, "of all tasks", self.transactional):
+                    self._visit(tasks, closures, scaler, info)
             return info
-        except BaseException as error:
+        except BaseException:
             self.phases.load_state_dict(drawn)
             if before is not None:
                 before.restore()
-                for part in whole:
-                    part.restore()
                 self.completed = ()
-            elif self.completed:
-                _note(error, f"The visits of {', '.join(map(repr, self.completed))} in this batch were completed and stay.")
             if not self.completed:
                 self.tasks = names
             raise
@@ -306,7 +305,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                     param.grad = None
                 for param, grad in zip(params, grads, strict=True):
                     param.grad = grad
-                if scaler is not None and scaler.is_enabled():
+                if scaler is not None:
                     scaler.unscale_(self.optimizer)
                     scaler.update()  # before the step, which may raise
                 update = [p.grad for p in params if p.grad is not None]
@@ -339,7 +338,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             check_loss(loss, f"the loss of task {task!r}")
             weight = self.loss_weights.get(task, 1.0)
             scaled = loss if weight == 1.0 else loss * weight
-            if scaler is not None and scaler.is_enabled():
+            if scaler is not None:
                 scaled = scaler.scale(scaled)
             check_graph([scaled], self.gradients, by_reach=False)
             if self._layers is None:
@@ -384,7 +383,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
 
     def _weights(self, weighting: Weighting, rows: Rows, losses: Sequence[Tensor | None], scaler: Any) -> Tensor:
         gram = cast(Tensor, ops.gram(rows)).to(self.device)
-        if scaler is not None and scaler.is_enabled():
+        if scaler is not None:
             gram = gram / scaler.scale(torch.ones((), device=self.device)).double().square()
         absent = torch.full((), torch.nan, device=self.device)
         values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
@@ -397,16 +396,6 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         return torch.where(finite, weights, torch.nan)  # which the update shows, even where a weight was to be 0
 
     # --- failing ---------------------------------------------------------------------------------------------------------
-
-    def _check_scaler(self, scaler: Any) -> None:
-        if scaler is None:
-            return
-        if not (hasattr(scaler, "unscale_") and hasattr(scaler, "is_enabled")):
-            raise ValueError(f"scaler is a {type(scaler).__name__}; pass a torch.amp.GradScaler.")
-        if scaler.is_enabled() and self.on_nonfinite == "raise":
-            raise ValueError(
-                'on_nonfinite="raise" ends training at the first overflow; pass on_nonfinite="skip" to train with a GradScaler.'
-            )
 
     def _finite_tasks(self, rows: Rows) -> list[Tensor]:
         squares = [cast(Tensor, ops.gram([row])).reshape(()) for row in rows]
@@ -469,8 +458,3 @@ class TaskPriorityOptimizer(WrappedOptimizer):
 def _taken(row: list[Tensor | None], n: int) -> Tensor | None:
     value, row[n] = row[n], None
     return value
-
-
-def _note(error: BaseException, text: str) -> None:
-    """``error.add_note`` of Python 3.11, which 3.10 lacks."""
-    error.__notes__ = [*getattr(error, "__notes__", []), text]

@@ -1,6 +1,5 @@
 """Putting back what a failed or skipped update had touched."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -76,31 +75,6 @@ class Statistics:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
-
-
-class Transaction:
-    """Copies of an optimizer's parameters and of its state, to undo whole steps. As large as both."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._params = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-        self._state = {p: {name: copy.deepcopy(value) for name, value in s.items()} for p, s in optimizer.state.items()}
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Puts both back; tensors of the state are written in place."""
-        for param, value in self._params:
-            param.copy_(value)
-        state = self._optimizer.state
-        for param in [p for p in state if p not in self._state]:
-            del state[param]
-        for param, entries in self._state.items():
-            for name, value in entries.items():
-                current = state[param].get(name)
-                if isinstance(value, Tensor) and isinstance(current, Tensor) and current.shape == value.shape:
-                    current.copy_(value)
-                else:
-                    state[param][name] = value
 
 
 def load_buffers(module: torch.nn.Module, state: dict[str, Tensor], device: torch.device) -> None:

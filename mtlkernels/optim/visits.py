@@ -12,12 +12,12 @@ from .undo import Snapshot
 
 
 @contextmanager
-def visit(number: int, name: str) -> Iterator[None]:
-    """Adds to an exception of the block in which visit (from 0) it was raised, and where that leaves the parameters."""
+def visit(number: int, name: str, undone: bool) -> Iterator[None]:
+    """Adds to an exception of the block in which visit (from 0) it was raised, and where that leaves the visits before it."""
     try:
         yield
     except BaseException as error:
-        state = f"the {number} before it are complete" if number else "nothing was stepped"
+        state = f"the {number} before it are {'undone' if undone else 'complete'}" if number else "nothing was stepped"
         note = f"raised in visit {number + 1} of the batch, {name}; {state}."
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # what add_note does, from Python 3.11 on
         raise
