@@ -4,38 +4,12 @@ make bench                                  # all
 make bench ARGS="--tasks 2,8 --threads 2"   # some
 """
 
-from collections.abc import Callable
-
-import pytest
 import torch
-from shapes import resnet50
 from torch import Tensor
 
 import mtlkernels as mtl
 
 Rows = list[list[Tensor]]
-
-
-@pytest.fixture(scope="module")
-def grads(num_tasks: int, dtype: torch.dtype) -> Rows:
-    torch.manual_seed(0)
-    return [[torch.randn(shape).to(dtype) for shape in resnet50()] for _ in range(num_tasks)]
-
-
-@pytest.fixture(scope="module")
-def buffers(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.zeros(shape, dtype=dtype) for shape in resnet50()]
-
-
-@pytest.fixture
-def measure(benchmark, num_tasks: int, dtype: torch.dtype) -> Callable[[str, Callable[[], object]], None]:
-    def run(op: str, call: Callable[[], object]) -> None:
-        num_elements = sum(torch.Size(shape).numel() for shape in resnet50())
-        size = num_tasks * num_elements * torch.finfo(dtype).bits // 8
-        benchmark.extra_info.update(op=op, num_tasks=num_tasks, dtype=str(dtype)[6:], bytes=size)
-        benchmark.pedantic(call, warmup_rounds=1, rounds=7)
-
-    return run
 
 
 def bench_read_sum(measure, grads: Rows) -> None:

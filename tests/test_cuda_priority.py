@@ -11,7 +11,7 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
-from device import ROOT, requires_nvcc, testing_module
+from device import ROOT, compile_kernels, requires_nvcc, testing_module
 from helpers import DTYPES, drop, random_gradients
 from simulated import simulated_cuda
 from test_priority import SHAPES, assert_combined, channels_of, random_tops
@@ -150,6 +150,41 @@ def test_blocks_that_run_beside_each_other_wait_for_the_products(monkeypatch, re
         mtl.priority_combine(in_place, top, out=in_place[1])
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(expected, in_place[1], strict=True))
+
+
+def run_kernel(**options: object) -> None:
+    """The float32 kernel alone, compiled from csrc/cuda as it is now (a planted fault included), on two layers of 3 tasks."""
+    shapes, num_tasks = [(40, 513), (5, 64)], 3
+    grads = random_gradients(num_tasks, shapes)
+    top = random_tops(num_tasks, [40, 5])
+    out = [torch.full(shape, torch.nan) for shape in shapes]
+    pointers, sizes, scratch = [], [], []
+    for n, (channels, rest) in enumerate(shapes):
+        slices, length, run, blocks = testing_module().priority_shape(channels, rest, 4)
+        scratch.append(torch.full([(blocks * num_tasks + 1) * num_tasks], torch.nan, dtype=torch.float64))
+        buffers = [*(row[n] for row in grads), out[n], top[n], scratch[n]]
+        pointers.append([*(t.data_ptr() for t in buffers), channels, rest, slices, blocks, length | run << 32])
+        sizes.append(2 * blocks)
+    ((table, blocks),) = testing_module().plan(pointers, sizes, num_tasks + WORDS, 1)
+    kernel = compile_kernels("priority.cuh", "priority_combine<float>(const __grid_constant__ TensorTable, int32_t*, bool)")
+    rows = [t for row in grads for t in row]
+    kernel.launch(
+        "priority_combine<float>",
+        grid=blocks,
+        block=256,
+        shared=8 * 512,
+        args=[table, torch.zeros(3, dtype=torch.int32), np.bool_(False)],
+        mem=[*rows, *top, *out, *scratch],
+        outputs=[*out, *scratch],
+        readonly=[*rows, *top],
+        **options,
+    )
+    assert_combined(out, grads, top, False)
+
+
+@pytest.mark.parametrize("resident", [1, "all"])
+def test_the_kernel_alone(resident):
+    run_kernel(resident=resident)
 
 
 # --- launches -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import sass
 import test_cuda_combine
 import test_cuda_gram
 import test_cuda_mix
+import test_cuda_priority
 from device import CSRC, FLOAT16, FLOAT32, address, requires_nvcc
 from ptxsim import SimError
 from ptxsim.roofline import CHIPS
@@ -109,6 +110,30 @@ def test_a_missing_wait_for_asynchronous_copies(plant):
     with pytest.raises(SimError) as caught:
         test_cuda_mix.test_matches_float64_at_tails_and_chunks(FLOAT32, 3, 5)
     assert caught.value.kind == "uninitialised"
+
+
+PRIORITY_FAULTS = {
+    "results before the products": ("if (layer.top()) wait_for(done, blocks + 1);", "", {"resident": "all", "seed": 1}),
+    "alphas of half the products": ("block < blocks; block += groups", "block < blocks / 2; block += groups", {}),
+    "alphas when the first block is done": ("arrive(done) != blocks - 1", "arrive(done) != 0", {}),
+    "blocks that do not count": (
+        "before = atomicAdd(done, 1);",
+        "before = *done; *done = before + 1;",
+        {"resident": "all", "seed": 3},
+    ),
+    "a slice that is too long": ("int(left < shape.length ? left : shape.length)", "shape.length", {}),
+    "no barrier before the sums": ("  __syncthreads();\n  double* matrix", "  double* matrix", {}),
+    "another task's products": ("if (tops[slot] == i) sum", "if (tops[slot] >= 0) sum", {}),
+    "no projection": ("sums[v][l] += Sum<T>(alpha) * value;", "", {}),
+}
+
+
+@pytest.mark.parametrize("fault", PRIORITY_FAULTS)
+def test_faults_of_the_priority_kernel(plant, fault):
+    old, new, options = PRIORITY_FAULTS[fault]
+    plant("cuda/priority.cuh", (old, new))
+    with pytest.raises((SimError, AssertionError)):
+        test_cuda_priority.run_kernel(**options)
 
 
 # --- indices ------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 // Task priority: inner products with the top task's row of each channel, and the sum that they lead to.
 //
-// Products and sums are float64, in which products of float32 are exact, so that no range of float32 matters. Results that no
-// cache could keep are stored past it.
+// Products and their sums are float64, in which products of float32 are exact, so that no range of float32 matters. Rows are
+// summed in float32 (float64 for float64 and for 16 bits, which are widened anyway). Results that no cache could keep are
+// stored past it.
 
 #include <type_traits>
 
@@ -73,11 +74,11 @@ class Rows {
   int count_ = 0;
 };
 
-/// sums[r] = <own, row r> over `count` elements.
+/// sums[r] = <own, row r> over `count` elements, and square = <own, own>.
 template <typename T, int R>
-void products(const T* own, const T* const* rows, int64_t count, double* sums) {
+void products(const T* own, const T* const* rows, int64_t count, double* sums, double* square) {
   constexpr int lanes = kLanes<double>, unroll = R <= 2 ? 4 : 2;  // enough sums under way to hide the latency of an addition
-  DoubleVector total[R][unroll] = {};
+  DoubleVector total[R + 1][unroll] = {};
   int64_t e = 0;
   for (; e + unroll * lanes <= count; e += unroll * lanes) {
 #pragma GCC unroll 4
@@ -85,25 +86,32 @@ void products(const T* own, const T* const* rows, int64_t count, double* sums) {
       const DoubleVector left = load_as_double(own + e + u * lanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) total[r][u] += left * load_as_double(rows[r] + e + u * lanes);
+      total[R][u] += left * left;
     }
   }
-  for (; e + lanes <= count; e += lanes)
-    for (int r = 0; r < R; ++r) total[r][0] += load_as_double(own + e) * load_as_double(rows[r] + e);
-  for (int r = 0; r < R; ++r) {
+  for (; e + lanes <= count; e += lanes) {
+    const DoubleVector left = load_as_double(own + e);
+    for (int r = 0; r < R; ++r) total[r][0] += left * load_as_double(rows[r] + e);
+    total[R][0] += left * left;
+  }
+  for (int r = 0; r <= R; ++r) {
+    const T* other = r < R ? rows[r] : own;
     for (int u = 1; u < unroll; ++u) total[r][0] += total[r][u];
-    sums[r] = sum_lanes(total[r][0]);
-    for (int64_t tail = e; tail < count; ++tail) sums[r] += double(to_float(own[tail])) * double(to_float(rows[r][tail]));
+    double sum = sum_lanes(total[r][0]);
+    for (int64_t tail = e; tail < count; ++tail) sum += double(to_float(own[tail])) * double(to_float(other[tail]));
+    (r < R ? sums[r] : *square) = sum;
   }
 }
 
 template <typename T>
-void products(const T* own, const T* const* rows, int num_rows, int64_t count, double* sums) {
-  for (int r = 0; r < num_rows; r += kGroup) {
+void products(const T* own, const T* const* rows, int num_rows, int64_t count, double* sums, double* square) {
+  for (int r = 0; r < num_rows || r == 0; r += kGroup) {
     switch (num_rows - r) {
-      case 1: products<T, 1>(own, rows + r, count, sums + r); break;
-      case 2: products<T, 2>(own, rows + r, count, sums + r); break;
-      case 3: products<T, 3>(own, rows + r, count, sums + r); break;
-      default: products<T, kGroup>(own, rows + r, count, sums + r);
+      case 0: products<T, 0>(own, rows, count, sums, square); break;
+      case 1: products<T, 1>(own, rows + r, count, sums + r, square); break;
+      case 2: products<T, 2>(own, rows + r, count, sums + r, square); break;
+      case 3: products<T, 3>(own, rows + r, count, sums + r, square); break;
+      default: products<T, kGroup>(own, rows + r, count, sums + r, square);
     }
   }
 }
@@ -112,19 +120,37 @@ void products(const T* own, const T* const* rows, int num_rows, int64_t count, d
 template <typename T>
 using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
 
-/// out[e] = start[e] + sum over R rows + alpha * own[e]; start null: from 0; own null: without it. `Last`: out is a result,
-/// else the sums of a group.
-template <typename T, int R, bool Last>
-void add_rows(const T* const* rows, const T* own, double alpha, const double* start, int64_t count, double* sums, T* out,
-              bool stream) {
-  constexpr int lanes = kLanes<double>;
+/// Vectors of the S that rows of T are summed in: float for float32, else double.
+template <typename S, typename T>
+inline Vector<S> load_as(const T* from) {
+  if constexpr (sizeof(S) == 4) {
+    return load<Vector<S>>(from);
+  } else {
+    return load_as_double(from);
+  }
+}
+
+template <typename T, typename V>
+inline void store_result(T* to, V value, bool stream) {
+  if constexpr (std::is_same_v<V, DoubleVector>) {
+    stream ? store_streaming(to, value) : store_cached(to, value);
+  } else {
+    stream ? store_streaming(to, value) : store(to, value);
+  }
+}
+
+/// out[e] = start[e] + sum over R rows + alpha * own[e], in S; start null: from 0; own null: without it. `Last`: out is a
+/// result, else the sums of a group.
+template <typename S, typename T, int R, bool Last>
+void add_rows(const T* const* rows, const T* own, double alpha, const S* start, int64_t count, S* sums, T* out, bool stream) {
+  constexpr int lanes = kLanes<S>;
   const T* row[R];
   for (int r = 0; r < R; ++r) row[r] = rows[r];
   int64_t e = 0;
   const auto one = [&](int64_t at) {
-    double sum = start ? start[at] : 0.0;
-    for (int r = 0; r < R; ++r) sum += double(to_float(row[r][at]));
-    if (own) sum += alpha * double(to_float(own[at]));
+    S sum = start ? start[at] : S(0);
+    for (int r = 0; r < R; ++r) sum += S(to_float(row[r][at]));
+    if (own) sum += S(alpha) * S(to_float(own[at]));
     if constexpr (Last) {
       from_float(Rounded<T>(sum), out + at);
     } else {
@@ -133,48 +159,60 @@ void add_rows(const T* const* rows, const T* own, double alpha, const double* st
   };
   if (stream)
     for (; e < count && reinterpret_cast<uintptr_t>(out + e) % 64; ++e) one(e);  // to where a line begins
-  const DoubleVector factor = DoubleVector{} + alpha;
+  const Vector<S> factor = Vector<S>{} + S(alpha);
   for (; e + lanes <= count; e += lanes) {
-    DoubleVector sum = start ? load<DoubleVector>(start + e) : DoubleVector{};
+    Vector<S> sum = start ? load<Vector<S>>(start + e) : Vector<S>{};
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum += load_as_double(row[r] + e);
-    if (own) sum += factor * load_as_double(own + e);
-    if constexpr (!Last) {
-      store(sums + e, sum);
-    } else if (stream) {
-      store_streaming(out + e, sum);
+    for (int r = 0; r < R; ++r) sum += load_as<S>(row[r] + e);
+    if (own) sum += factor * load_as<S>(own + e);
+    if constexpr (Last) {
+      store_result(out + e, sum, stream);
     } else {
-      store_cached(out + e, sum);
+      store(sums + e, sum);
     }
   }
   for (; e < count; ++e) one(e);
 }
 
-/// out = sum of the rows + alpha * own over at most kBlock elements; `sums` holds as many.
+/// out = sum of the rows + alpha * own over at most kBlock elements, summed in S; `sums` holds as many.
+template <typename S, typename T>
+void sum_rows(const T* const* rows, int num_rows, const T* own, double alpha, int64_t count, S* sums, T* out, bool stream) {
+  const S* start = nullptr;
+  for (; num_rows > kGroup; num_rows -= kGroup, rows += kGroup, start = sums)
+    add_rows<S, T, kGroup, false>(rows, nullptr, 0, start, count, sums, out, false);
+  switch (num_rows) {
+    case 1: return add_rows<S, T, 1, true>(rows, own, alpha, start, count, sums, out, stream);
+    case 2: return add_rows<S, T, 2, true>(rows, own, alpha, start, count, sums, out, stream);
+    case 3: return add_rows<S, T, 3, true>(rows, own, alpha, start, count, sums, out, stream);
+    default: return add_rows<S, T, kGroup, true>(rows, own, alpha, start, count, sums, out, stream);
+  }
+}
+
+/// Float32 rows are summed in float32, unless alpha is beyond its range: what it adds need not be.
 template <typename T>
 void combine_stretch(const T* const* rows, int num_rows, const T* own, double alpha, int64_t count, double* sums, T* out,
                      bool stream) {
-  const double* start = nullptr;
-  for (; num_rows > kGroup; num_rows -= kGroup, rows += kGroup, start = sums)
-    add_rows<T, kGroup, false>(rows, nullptr, 0, start, count, sums, out, false);
-  switch (num_rows) {
-    case 1: return add_rows<T, 1, true>(rows, own, alpha, start, count, sums, out, stream);
-    case 2: return add_rows<T, 2, true>(rows, own, alpha, start, count, sums, out, stream);
-    case 3: return add_rows<T, 3, true>(rows, own, alpha, start, count, sums, out, stream);
-    default: return add_rows<T, kGroup, true>(rows, own, alpha, start, count, sums, out, stream);
+  if constexpr (std::is_same_v<T, float>) {
+    if (alpha < 0x1p100) return sum_rows<float>(rows, num_rows, own, alpha, count, reinterpret_cast<float*>(sums), out, stream);
   }
+  sum_rows<double>(rows, num_rows, own, alpha, count, sums, out, stream);
 }
 
 template <typename T>
 void inner_range(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner) {
   Rows<T> rows(column);
-  Scratch scratch(size_t(column.num_rows) * 8);
+  Scratch scratch(size_t(column.num_rows) * 16);
   double* sums = scratch.as<double>();
+  const T** others = reinterpret_cast<const T**>(sums + column.num_rows);
   rows.for_channels(channels.rest, begin, end, false, [&](int64_t channel, int64_t, int64_t count, const T* const* row) {
     const int own = rows.find(channels.top[channel]);
     if (own < 0) return;
-    products(row[own], row, rows.count(), count, sums);
-    for (int r = 0; r < rows.count(); ++r) inner[rows.task(own) * column.num_rows + rows.task(r)] += sums[r];
+    for (int r = 0; r + 1 < rows.count(); ++r) others[r] = row[r < own ? r : r + 1];
+    double* matrix_row = inner + rows.task(own) * column.num_rows;
+    double square = 0;
+    products(row[own], others, rows.count() - 1, count, sums, &square);
+    matrix_row[rows.task(own)] += square;
+    for (int r = 0; r + 1 < rows.count(); ++r) matrix_row[rows.task(r < own ? r : r + 1)] += sums[r];
   });
 }
 

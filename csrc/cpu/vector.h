@@ -86,6 +86,16 @@ inline void store_streaming(double* to, DoubleVector value) {
 #endif
 }
 
+inline void store_streaming(float* to, FloatVector value) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(to, (__m256)value);
+#else
+  store(to, value);
+#endif
+}
+
 inline void store_cached(float* to, DoubleVector value) { store(to, __builtin_convertvector(value, HalfFloatVector)); }
 inline void store_cached(double* to, DoubleVector value) { store(to, value); }
 
