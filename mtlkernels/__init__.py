@@ -4,12 +4,14 @@ from . import weightings
 from ._version import __version__
 from .aggregation import aggregate
 from .dispatch import use_backend
+from .flat import FlatGram, flat_gram, perturb_, restore_
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import MultiTaskOptimizer, StepInfo
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
 __all__ = [
+    "FlatGram",
     "MultiTaskOptimizer",
     "StepInfo",
     "__version__",
@@ -18,11 +20,14 @@ __all__ = [
     "condition_number",
     "conflict_rate",
     "cosine",
+    "flat_gram",
     "get_weighting",
     "gram",
     "magnitude_similarity",
     "mix",
+    "perturb_",
     "project",
+    "restore_",
     "use_backend",
     *weightings.__all__,
 ]

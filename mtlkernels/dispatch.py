@@ -17,7 +17,7 @@ from ._optional import require
 
 CAPABILITIES = ("baseline", "avx2", "avx512")
 BACKENDS = ("cpp", "reference", "triton")
-TRITON_OPS = ("gram", "cross_gram", "combine", "combine_", "mix")
+TRITON_OPS = ("gram", "cross_gram", "paired_gram", "combine", "combine_", "mix", "perturb_")
 """Ops with Triton kernels. The others work on K x K matrices, where the reference will do."""
 GPUS = ("cuda", "xpu")
 """Device types that Triton compiles for; ROCm's is called cuda, too."""

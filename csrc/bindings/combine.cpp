@@ -68,8 +68,8 @@ bool same_memory(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-/// Columns whose buffer shares memory with another buffer or with a gradient that is not exactly its own: their results must
-/// be kept aside until every gradient has been read.
+}  // namespace
+
 std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks) {
   const int64_t num_columns = int64_t(out.size());
   std::vector<std::pair<Extent, int64_t>> buffers;
@@ -106,6 +106,8 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
     if (flagged[n] || mutual) result.push_back(n);
   return result;
 }
+
+namespace {
 
 int64_t last_size(const Tensor& weights) {
   require(weights.dim() == 1 || weights.dim() == 2, "weights is neither [K] nor [N, K]");

@@ -5,6 +5,10 @@
 
 namespace mtlkernels {
 
+/// Columns whose buffer shares memory with another buffer or with a gradient that is not exactly its own: their results must
+/// be kept aside until every gradient has been read.
+std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks);
+
 /// A device's part: out[m][n] = sum_k weights[n][m][k] * grads[k][n]. `weights` is [num_out, num_tasks], or with `per_tensor`
 /// [N, num_tasks] and num_out is 1. An output may be one of its own column's gradients when num_out is 1.
 using RunCombine = void (*)(const TensorList& grads, int64_t num_tasks, const Tensor& weights, bool per_tensor,

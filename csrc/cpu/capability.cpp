@@ -7,10 +7,11 @@
 
 namespace mtlkernels::cpu {
 
-#define MTL_DECLARE_KERNELS(isa)                                                                            \
-  namespace isa {                                                                                           \
-  void gram(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums); \
-  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out); \
+#define MTL_DECLARE_KERNELS(isa)                                                                                           \
+  namespace isa {                                                                                                          \
+  void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums); \
+  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                \
+  void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);         \
   }
 
 MTL_DECLARE_KERNELS(baseline)
@@ -21,10 +22,10 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-const Kernels kBaseline{"baseline", baseline::gram, baseline::combine};
+const Kernels kBaseline{"baseline", baseline::gram, baseline::combine, baseline::perturb};
 #if defined(__x86_64__)
-const Kernels kAvx2{"avx2", avx2::gram, avx2::combine};
-const Kernels kAvx512{"avx512", avx512::gram, avx512::combine};
+const Kernels kAvx2{"avx2", avx2::gram, avx2::combine, avx2::perturb};
+const Kernels kAvx512{"avx512", avx512::gram, avx512::combine, avx512::perturb};
 #endif
 
 const Kernels& choose() {

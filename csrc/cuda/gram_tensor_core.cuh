@@ -146,10 +146,11 @@ __device__ inline void place_of_sum(int s, int lane, int& row, int& column) {
   column = 8 * (group + tile) + lane % 4 * 2 + s % 2;
 }
 
-/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
-template <typename T, int R>
-__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
-    gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
+/// The block's part of gram_tensor_core, of rows that are made of what `forms` says and multiplied by `product`.
+/// `ahead`: whether a batch is loaded while the one before it is multiplied, where registers allow.
+/// Contract: all threads of the block call it.
+template <typename T, int R, bool ahead, typename Product, typename Rows>
+__device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms, const TensorTable& table, double* partials) {
   using S = TensorCoreShape<int(sizeof(T)), R>;
   using Total = std::conditional_t<S::total_bytes == 8, double, float>;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -202,10 +203,11 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
 #pragma unroll 1
   for (int64_t batch = 0; batch < batches; ++batch) {
     Packed<T> next[S::batch][S::groups];
-    if (batch + 1 < batches) load(batch + 1, next);
+    if (ahead && batch + 1 < batches) load(batch + 1, next);
 #pragma unroll
-    for (int b = 0; b < S::batch; ++b) Multiplier<T, R>::add(now[b], sums);
-    if ((batch + 1) * S::batch % Multiplier<T, R>::kChain == 0) add_to_totals();
+    for (int b = 0; b < S::batch; ++b) product.add(now[b], sums);
+    if (!ahead && batch + 1 < batches) load(batch + 1, next);
+    if ((batch + 1) * S::batch % Product::kChain == 0) add_to_totals();
 #pragma unroll
     for (int b = 0; b < S::batch; ++b)
 #pragma unroll
@@ -222,9 +224,16 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
     if (row <= column) products[pair_index(R, row, column)] = sum;
   }
   __syncthreads();
-  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, R>(table, chunk, reinterpret_cast<double*>(totals), products);
+  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, R>(forms, table, chunk, reinterpret_cast<double*>(totals), products);
   for (int p = threadIdx.x; p < num_pairs(R); p += S::threads)
     partials[int64_t(table.first_block + blockIdx.x) * num_pairs(R) + p] = products[p];
+}
+
+/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
+template <typename T, int R>
+__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
+    gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
+  gram_on_tensor_cores<T, R, true>(Multiplier<T, R>(), GradientRows(), table, partials);
 }
 
 }  // namespace mtlkernels

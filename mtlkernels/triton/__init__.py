@@ -1,4 +1,4 @@
-"""Kernels in Triton behind the ops gram, cross_gram, combine, combine_ and mix.
+"""Kernels in Triton behind the ops gram, cross_gram, paired_gram, combine, combine_, mix and perturb_.
 
 For NVIDIA GPUs without the compiled CUDA library, for ROCm and XPU. A launch per dtype whatever the number of tensors: pointer
 tables are copied to the device once a call, and the host waits for nothing. Tiles and warps come from offline tables in the
@@ -8,13 +8,15 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, gram
+from . import combine, gram, perturb
 
 OPS = {
     "gram": gram.gram,
     "cross_gram": gram.cross_gram,
+    "paired_gram": gram.paired_gram,
     "combine": combine.combine,
     "combine_": combine.combine_,
     "mix": combine.mix,
+    "perturb_": perturb.perturb_,
 }
 """Op name -> implementation with the op's own signature."""

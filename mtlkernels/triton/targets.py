@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, gram
+from . import combine, gram, perturb
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -40,7 +40,10 @@ class Target(NamedTuple):
             return gram.finish_meta(chip)
         if self.kernel is combine.combine_chunks:
             return combine.meta(self.num_rows, self.dtype, self.variant == "combine", chip)
-        _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip)
+        if self.kernel is perturb.perturb_chunks:
+            return perturb.meta(self.dtype, chip)
+        form = self.variant if self.variant in gram.FORMS else ""
+        _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
 
 
@@ -51,8 +54,9 @@ def targets() -> Iterator[Target]:
             for variant in ("combine", "mix"):
                 yield Target(combine.combine_chunks, num_rows, dtype, variant)
         for num_rows in gram.CLASSES:
-            for variant in ("chunks", "channels"):
+            for variant in ("chunks", "channels", "difference", "product"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
+        yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
 
 
@@ -64,6 +68,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is combine.combine_chunks:
         pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_results"]
+    elif target.kernel is perturb.perturb_chunks:
+        pointers = {"table": "*i64", "radii": "*fp64"}
+        numbers = ["num_tensors", "adaptive"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]
