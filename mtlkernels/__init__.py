@@ -6,12 +6,14 @@ from .aggregation import aggregate
 from .dispatch import use_backend
 from .flat import FlatGram, flat_gram, perturb_, restore_
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
-from .optim import MultiTaskOptimizer, StepInfo
+from .optim import FlatInfo, FlatMinimaOptimizer, MultiTaskOptimizer, StepInfo
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
 __all__ = [
     "FlatGram",
+    "FlatInfo",
+    "FlatMinimaOptimizer",
     "MultiTaskOptimizer",
     "StepInfo",
     "__version__",

@@ -142,7 +142,8 @@ def _perturb_reference(
 
     Args:
         out: N buffers; a buffer may be its own parameter or gradient.
-        params, grads: N tensors each.
+        params: N tensors.
+        grads: N tensors like them.
         radii: [N].
         adaptive: whether steps are in units of the parameters.
     """

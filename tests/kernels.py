@@ -97,7 +97,27 @@ def _mix(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: mtl.mix(grads, coefficients), [row[0] for row in grads], CHUNK)
 
 
-OPS = {"gram": _gram, "cross_gram": _cross_gram, "gram per channel": _gram_per_channel, "combine": _combine, "mix": _mix}
+def _flat_gram(num_tasks: int, dtype: torch.dtype) -> Call:
+    rows = _gradients(max(num_tasks // 2 * 2, 2), dtype)  # of both operands together
+    half = len(rows) // 2
+    return Call(lambda: mtl.flat_gram(rows[:half], rows[half:]), [row[0] for row in rows], CHUNK)
+
+
+def _perturb(num_tasks: int, dtype: torch.dtype) -> Call:
+    (params,), (grads,), out = *_gradients(2, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    radii = torch.ones(1, dtype=torch.float64)
+    return Call(lambda: torch.ops.mtlkernels.perturb_(out, [params], [grads], radii, True), [params, grads, *out], CHUNK)
+
+
+OPS = {
+    "gram": _gram,
+    "cross_gram": _cross_gram,
+    "gram per channel": _gram_per_channel,
+    "combine": _combine,
+    "mix": _mix,
+    "flat_gram": _flat_gram,
+    "perturb_": _perturb,
+}
 """Op on gradients -> its representative call."""
 
 

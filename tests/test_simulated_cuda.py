@@ -202,6 +202,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "combine",
         "combine_",
         "mix",
+        "paired_gram",  # test_cuda_flat.py
+        "perturb_",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -212,12 +214,15 @@ def test_every_cuda_op_is_in_one_of_these_tests():
 def test_every_kernel_is_launched_by_an_op():
     with simulated_cuda() as device:
         for dtype in DTYPES:
-            for num_tasks in (1, 2, 3, 4, 8, 16, 64):
+            for num_tasks in (1, 2, 3, 4, 8, 16, 64):  # of flat_gram, twice as many rows
                 grads = random_gradients(num_tasks, [(2, 3)], dtype)
                 gram = mtl.gram(grads)
                 mtl.gram(grads, per="channel")
                 mtl.combine(grads, random_weights(num_tasks))
                 mtl.ops.mix(grads, random_weights(2, num_tasks))
+                if num_tasks <= 32:
+                    mtl.flat_gram(grads, grads)
+                mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
         for op in OF_GRAMS.values():
             op(gram)
         for function in (mtl.cosine, mtl.magnitude_similarity, mtl.conflict_rate, mtl.condition_number):
@@ -332,6 +337,8 @@ FAILING = {
     "combine": lambda grads: mtl.combine(grads, random_weights(3)),
     "combine_": lambda grads: mtl.combine(grads, random_weights(3), out=grads[0]),
     "mix": lambda grads: mtl.ops.mix(grads, random_weights(2, 3)),
+    "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
+    "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }

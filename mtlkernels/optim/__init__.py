@@ -1,6 +1,7 @@
 """The optimizer layer."""
 
+from .flat import FlatInfo, FlatMinimaOptimizer
 from .info import StepInfo
 from .multitask import MultiTaskOptimizer
 
-__all__ = ["MultiTaskOptimizer", "StepInfo"]
+__all__ = ["FlatInfo", "FlatMinimaOptimizer", "MultiTaskOptimizer", "StepInfo"]
