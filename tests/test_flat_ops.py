@@ -229,7 +229,7 @@ def test_bad_arguments(backend):
     with pytest.raises(ValueError, match="per is 'channel'"):
         mtl.flat_gram(grads, grads, per="channel")
     for arguments in (("channel", "difference"), ("model", "sum")):
-        with pytest.raises((ValueError, RuntimeError), match="form|per"):
+        with pytest.raises((ValueError, RuntimeError), match=r"form|per"):
             paired(grads, grads, *arguments)
     with pytest.raises(RuntimeError, match=r"flat_gram is not differentiable.*detach"):
         mtl.flat_gram([[t.requires_grad_() for t in row] for row in grads], grads)

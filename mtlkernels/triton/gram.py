@@ -337,13 +337,13 @@ def gram_dots(
 
     first, step = _destination(out, num_rows, num_blocks, number, index, CHANNELS)
     again = False
+    before = _rows_before(pointers, num_rows, begin, T, K)
     if S == tl.float32:
         squares = tl.sum(tl.where(task[:, None] == task[None, :], sums, 0.0), 1)
-        there = rows != 0
-        before = _rows_before(pointers, num_rows, begin, T, K)
+        present = rows != 0
         if FORM == 1:
-            there |= before != 0
-        if tl.max((there & _out_of_range(squares)).to(tl.int32)) != 0:
+            present |= before != 0
+        if tl.max((present & _out_of_range(squares)).to(tl.int32)) != 0:
             again = _any_nonzero(rows, before, count, T, K, E, FORM)
     if again:
         _store_float64_products(rows, before, first, step, num_rows, count, T, K, E, FORM)
