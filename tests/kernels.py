@@ -43,12 +43,16 @@ BELOW_BAR = [
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
 AGAIN = "past 8 tasks, groups of rows are read again from the cache; and channels are short"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
+FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they are multiplied as float32, from three bfloat16"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
     ("cross_gram", "B200", 1.5, PADDED_ROWS),
     ("gram per channel", "A100 H100", 2.8, AGAIN),
     ("gram per channel", "H200", 3.7, AGAIN),
     ("gram per channel", "B200", 5.5, AGAIN),
+    ("flat_gram", "A100 H100", 1.8, FORMED),
+    ("flat_gram", "H200", 2.6, FORMED),
+    ("flat_gram", "B200", 3.7, FORMED),
     ("mix", "A100 H100", 1.9, MANY_RESULTS),
     ("mix", "H200", 2.5, MANY_RESULTS),
     ("mix", "B200", 3.6, MANY_RESULTS),

@@ -18,6 +18,8 @@ OPS = {
     "combine",
     "combine_",
     "mix",
+    "paired_gram",
+    "perturb_",
     "cosine",
     "magnitude_similarity",
     "conflict_rate",
@@ -35,7 +37,7 @@ OPS = {
     "pcd_weights",
     "upgrad_weights",
 }
-COMPILED = {"gram", "cross_gram", "combine", "combine_", "mix"}
+COMPILED = {"gram", "cross_gram", "paired_gram", "combine", "combine_", "mix", "perturb_"}
 
 
 def undefined_symbols(library: str) -> set[str]:

@@ -154,14 +154,25 @@ class Gram {
     return form_ == PairForm::product ? before && own : before || own;
   }
 
-  /// Elements [at, at + count) of an odd row, formed in `values`.
+  /// Elements [at, at + count) of an odd row, formed in `values`; `before` are those of the row before, null where it is
+  /// absent.
   template <typename T>
   const T* form_row(int k, int64_t at, int64_t count, const T* before, T* values) const {
-    const T* own = column_.rows[k] ? read_row<T>(column_, k, at, count, values) : nullptr;
-    for (int64_t e = 0; e < count; ++e) {
-      const T a = before ? before[e] : T(0), b = own ? own[e] : T(0);
-      values[e] = form_ == PairForm::product ? a * b : b - a;
+    if (!column_.rows[k]) {  // a difference from nothing
+      return form_each(count, before, before, values, [](auto a, auto) { return -a; });
     }
+    const T* own = read_row<T>(column_, k, at, count, values);
+    if (!before) return own;
+    if (form_ == PairForm::product) return form_each(count, before, own, values, [](auto a, auto b) { return a * b; });
+    return form_each(count, before, own, values, [](auto a, auto b) { return b - a; });
+  }
+
+  /// values[e] = form(a[e], b[e]); `values` may be `b`.
+  template <typename T, typename Form>
+  static const T* form_each(int64_t count, const T* a, const T* b, T* values, const Form& form) {
+    int64_t e = 0;
+    for (; e + kLanes<T> <= count; e += kLanes<T>) store(values + e, form(load<Vector<T>>(a + e), load<Vector<T>>(b + e)));
+    for (; e < count; ++e) values[e] = form(a[e], b[e]);
     return values;
   }
 

@@ -57,36 +57,30 @@ struct PairedMultiplier {
   static constexpr int kChain = sizeof(T) == 2 ? 4 : Multiplier<Value, R>::kChain;
   PairForm kind;
 
-  __device__ void add(const Packed<T> (&loaded)[S::groups], Value (&sums)[S::tiles][S::tile_sums]) const {
+  /// Of a batch, multiplied one at a time: registers do not suffice for the values of 16-bit gradients at once.
+  static constexpr int kParts = kLanes<T> / kLanes<Value>;
+
+  __device__ void add(const Packed<T> (&loaded)[S::groups], int part, Value (&sums)[S::tiles][S::tile_sums]) const {
     const bool formed = threadIdx.x / 4 % 2;
     constexpr int count = kLanes<Value>, words = 4 * count / kLanes<T>;  // of a lane, multiplied at a time
-#pragma unroll 1
-    for (int part = 0; part < kLanes<T> / count; ++part) {
-      Packed<Value> values[S::groups];
+    Packed<Value> values[S::groups];
 #pragma unroll
-      for (int g = 0; g < S::groups; ++g) {
-        Packed<T> own, before;
+    for (int g = 0; g < S::groups; ++g) {
+      const uint4& raw = loaded[g].raw;
+      Packed<T> own, before;
+      own.raw = words == 4 || part == 0 ? raw : uint4{raw.z, raw.w, 0, 0};
 #pragma unroll
-        for (int w = 0; w < words; ++w) {
-          const uint4& raw = loaded[g].raw;
-          const uint32_t word = words == 4 ? (w == 0   ? raw.x
-                                              : w == 1 ? raw.y
-                                              : w == 2 ? raw.z
-                                                       : raw.w)
-                                : part     ? (w == 0 ? raw.z : raw.w)
-                                           : (w == 0 ? raw.x : raw.y);
-          own.words[w] = word;
-          // In this order: the registers of 64 rows do not suffice for the words of several groups at a time.
-          asm volatile("shfl.sync.up.b32 %0, %1, 4, 0, 0xffffffff;" : "=r"(before.words[w]) : "r"(word) : "memory");
-        }
-#pragma unroll
-        for (int lane = 0; lane < count; ++lane) {
-          const Value value = widen(own.values[lane]);
-          values[g].values[lane] = formed ? PairedRows::pair(kind, Value(widen(before.values[lane])), value) : value;
-        }
+      for (int w = 0; w < words; ++w) {
+        // In this order, so that the words of few groups are in registers at a time.
+        asm volatile("shfl.sync.up.b32 %0, %1, 4, 0, 0xffffffff;" : "=r"(before.words[w]) : "r"(own.words[w]) : "memory");
       }
-      Multiplier<Value, R>::add(values, sums);
+#pragma unroll
+      for (int lane = 0; lane < count; ++lane) {
+        const Value value = widen(own.values[lane]);
+        values[g].values[lane] = formed ? PairedRows::pair(kind, Value(widen(before.values[lane])), value) : value;
+      }
     }
+    Multiplier<Value, R>::add(values, 0, sums);
   }
 };
 
@@ -101,7 +95,8 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
 template <typename T, int R>
 __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
     paired_gram_tensor_core(const __grid_constant__ TensorTable table, double* partials, PairForm kind) {
-  gram_on_tensor_cores<T, R, sizeof(T) != 2>(PairedMultiplier<T, R>{kind}, PairedRows{kind}, table, partials);
+  using Product = PairedMultiplier<T, R>;
+  gram_on_tensor_cores<T, R, Product::kParts>(Product{kind}, PairedRows{kind}, table, partials);
 }
 
 }  // namespace mtlkernels
