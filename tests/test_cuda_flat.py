@@ -1,8 +1,10 @@
 """paired_gram and perturb_ on CUDA, launched as the library launches them and run in ptxsim, against float64."""
 
+import numpy as np
+import ptxsim
 import pytest
 import torch
-from device import requires_nvcc
+from device import FLOAT32, address, compile_kernels, requires_nvcc, testing_module
 from helpers import DTYPES, LAYOUTS, assert_unchanged, drop, random_gradients, snapshot
 from simulated import Library, SimulatedCuda, library, simulated_cuda
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
@@ -122,6 +124,39 @@ def test_perturb_layouts_and_overlaps(device, layout):
     first, second = base[:60].clone(), base[30:90].clone()
     torch.ops.mtlkernels.perturb_([base[10:70]], [base[:60]], [base[30:90]], torch.ones(1, dtype=torch.float64), False)
     torch.testing.assert_close(base[10:70], first + second)
+
+
+# --- the kernels alone, as test_planted_faults.py runs them ------------------------------------------------------------------
+
+
+def run_kernel(num_rows: int, size: float = 1.0, numel: int = CHUNK + 37) -> None:
+    """One tensor of float32 rows in pairs, in its class's kernel and against float64; ``size`` scales all but the first two."""
+    random = np.random.default_rng(num_rows)
+    rows = FLOAT32.random_row(random, [numel] * num_rows)
+    for k, row in enumerate(rows):
+        row *= np.float32(size if k > 1 else 1.0)
+    rows_class, threads, shared = testing_module().gram_launch(0, num_rows)
+    header, name = "paired_gram.cuh", "paired_gram_chunks" if rows_class <= 8 else "paired_gram_tensor_core"
+    instance = f"{name}<float, {rows_class}>"
+    module = compile_kernels(header, f"{instance}(const __grid_constant__ TensorTable, double*, PairForm)")
+    ((table, blocks),) = testing_module().plan([[address(row) for row in rows]], [numel], num_rows)
+    partials = ptxsim.empty((blocks, rows_class * (rows_class + 1) // 2), dtype=np.float64)
+    module.launch(
+        instance, blocks, threads, [table, partials, np.int32(1)], shared=shared, mem=rows, outputs=[partials], readonly=rows
+    )
+    values = np.stack([row.astype(np.float64) for row in rows])
+    values[1::2] -= values[::2]
+    expected, norms = values @ values.T, np.sqrt((values**2).sum(1))
+    upper = np.triu_indices(num_rows)
+    actual = np.zeros((rows_class, rows_class))
+    actual[np.triu_indices(rows_class)] = partials.sum(0)
+    assert (np.abs(actual[upper] - expected[upper]) <= 70 * FLOAT32.eps * np.outer(norms, norms)[upper]).all()
+
+
+@pytest.mark.parametrize("num_rows", [2, 6, 8, 12, 34])
+@pytest.mark.parametrize("size", [1.0, 1e-30])
+def test_kernels_alone(num_rows, size):
+    run_kernel(num_rows, size)
 
 
 # --- faults -------------------------------------------------------------------------------------------------------------------
