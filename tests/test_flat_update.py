@@ -74,8 +74,6 @@ def test_every_aggregation(aggregation, name):
     model, other = NormNet().double(), NormNet().double()
     plain = Plain(other, method(name), None, None, aggregation)
     plain.flat, plain.pair = copies(plain.loss, 2)
-    if name == "pcgrad" and aggregation == "each":
-        pytest.skip("a batch of Grams draws one order for all")
     optimizer = make(model, method(name), aggregation=aggregation, rho=0.1)
     train(model, plain, optimizer)
     assert_same_training(model, other, 1e-9)
@@ -227,6 +225,32 @@ def test_float32_gradients_with_small_flat_parts(name, share):
         updates.append(mtl.combine([*rows[0], *rows[1]], torch.cat([w - v, v]))[0].double())
     error = (updates[0] - updates[1]).norm() / updates[1].norm()
     assert error < 1e-6, float(error)
+
+
+def test_roles_found_from_the_graph_frozen_parameters_and_tied_heads():
+    found, given = Net(), Net()
+    mtl.FlatMinimaOptimizer(sgd(found), "cagrad").backward(lambda: task_losses(found))
+    make(given, "cagrad", heads=given.head_parameters(), shared=None).backward(lambda: task_losses(given))
+    assert_equal(grads_of(found), grads_of(given))
+
+    model, other = Net(), Net()
+    model.encoder[0].weight.requires_grad_(False)
+    model.heads["a"].bias.requires_grad_(False)
+    info = make(model, "cagrad").backward(lambda: task_losses(model))
+    assert model.encoder[0].weight.grad is None
+    assert model.heads["a"].bias.grad is None
+    assert model.heads["a"].weight.grad is not None
+    assert info.flat_weights.isfinite().all()
+
+    def tied():
+        z = other.encoder(torch.ones(2, 4))
+        return {"a": other.heads["a"](z).square().mean(), "b": (other.heads["a"](z) - 1).square().mean()}
+
+    params = [*other.encoder.parameters(), *other.heads["a"].parameters()]
+    optimizer = mtl.FlatMinimaOptimizer(torch.optim.SGD(params, 0.1), shared=other.encoder.parameters(), rho=0.0)
+    optimizer.backward(tied)
+    expected = torch.autograd.grad(sum(tied().values()), other.heads["a"].weight)[0]
+    torch.testing.assert_close(other.heads["a"].weight.grad, expected)
 
 
 # --- what it tells ------------------------------------------------------------------------------------------------------

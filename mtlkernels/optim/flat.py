@@ -14,7 +14,7 @@ from ..weightings import Weighting
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
-from .multitask import MultiTaskOptimizer, Nonfinite
+from .multitask import MultiTaskOptimizer, Nonfinite, _first_written
 from .perturbed import Inputs, LossesFn, Passes, Settings, call, check_function
 from .roles import Task
 from .statistics import RunningStatistics
@@ -236,11 +236,12 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             del loss_rows, sam_rows
             buffers = update_buffers(rows, inputs.shared)
             ops.combine(rows, applied, out=buffers)
-            own_buffers = combine_own(own_rows, inputs.own, own_weights, weighted=True)
-            params, grads = [*inputs.shared, *inputs.own], [*buffers, *own_buffers]
-            self._fill(params, grads, accumulate)
+            shows_nan = _first_written(inputs.shared, buffers)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
+            own_buffers = combine_own(own_rows, inputs.own, own_weights, weighted)
+            shows_nan = _first_written(inputs.own, own_buffers) if shows_nan is None else shows_nan
+            self._fill([*inputs.shared, *inputs.own], [*buffers, *own_buffers], accumulate)
         self.tasks = tasks
-        shows_nan = next((p for p, g in zip(params, grads, strict=True) if g is not None and g.numel()), None)
         self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
         return info
 
