@@ -194,6 +194,17 @@ def test_step_hooks_run_once():
         optimizer.step(lambda: task_losses(model), closure=lambda: task_losses(model))
 
 
+@pytest.mark.filterwarnings("error")
+def test_schedulers_count_its_steps():
+    model = Net()
+    optimizer = make(model)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(2):
+        optimizer.step(lambda: task_losses(model))
+        scheduler.step()  # warns where the step before was not counted
+    assert optimizer.param_groups[0]["lr"] == optimizer.optimizer.param_groups[0]["lr"] == 0.05 / 4
+
+
 def test_no_hook_is_left_on_modules():
     model = NormNet()
     make(model).step(lambda: task_losses(model))
