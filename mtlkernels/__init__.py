@@ -5,8 +5,12 @@ from ._version import __version__
 from .affinities import affinity, curvature_bound, lookahead_affinity
 from .aggregation import aggregate
 from .dispatch import use_backend
+from .flat import FlatGram, flat_gram, perturb_, restore_
+from .landscape import ConflictShare, LossSlice, loss_slice, sharpness
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import (
+    FlatInfo,
+    FlatMinimaOptimizer,
     GroupsInfo,
     MultiTaskOptimizer,
     PriorityInfo,
@@ -20,7 +24,12 @@ from .weightings import *  # noqa: F403  the classes that weightings.__all__ lis
 from .weightings import get_weighting
 
 __all__ = [
+    "ConflictShare",
+    "FlatGram",
+    "FlatInfo",
+    "FlatMinimaOptimizer",
     "GroupsInfo",
+    "LossSlice",
     "MultiTaskOptimizer",
     "PriorityInfo",
     "ProximalAffinity",
@@ -36,16 +45,21 @@ __all__ = [
     "connection_strength",
     "cosine",
     "curvature_bound",
+    "flat_gram",
     "get_weighting",
     "gram",
     "grouping",
     "lookahead_affinity",
+    "loss_slice",
     "magnitude_similarity",
     "mix",
     "monitor",
     "nn",
+    "perturb_",
     "priority_combine",
     "project",
+    "restore_",
+    "sharpness",
     "use_backend",
     *weightings.__all__,
 ]

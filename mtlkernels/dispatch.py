@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import flat  # noqa: F401  defines ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -20,11 +21,13 @@ BACKENDS = ("cpp", "reference", "triton")
 TRITON_OPS = (
     "gram",
     "cross_gram",
+    "paired_gram",
     "combine",
     "combine_",
     "combine_channels",
     "combine_channels_",
     "mix",
+    "perturb_",
     "priority_combine",
     "priority_combine_",
 )

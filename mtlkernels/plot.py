@@ -106,6 +106,34 @@ def cosine_matrix(
     return axes.figure
 
 
+def loss_landscape(values: ArrayLike, axis: ArrayLike, tasks: Sequence[str], *, title: str = "Loss landscape") -> Figure:
+    """Contours of every task's loss in a plane through the parameters, which are marked in the middle.
+
+    Args:
+        values: [K, S, S], as :func:`mtlkernels.landscape.loss_slice` returns them.
+        axis: [S].
+        tasks: K names.
+        title: above the panels.
+
+    Raises:
+        ValueError: ``values`` is not [K, S, S] for the axis and names given.
+    """
+    losses, places = np.asarray(values, dtype=np.float64), np.asarray(axis, dtype=np.float64)
+    if losses.shape != (len(tasks), len(places), len(places)):
+        raise ValueError(f"values has shape {losses.shape}; pass [{len(tasks)}, {len(places)}, {len(places)}].")
+    figure = _new_figure((3.4 * len(tasks) + 0.6, 3.6))
+    figure.suptitle(title, fontsize=11, fontweight="bold", color=INK)
+    for task, loss, axes in zip(tasks, losses, figure.subplots(1, len(tasks), squeeze=False)[0], strict=True):
+        _style(axes, task)
+        drawn = axes.contourf(places, places, np.log10(np.maximum(loss.T, 1e-12)), levels=14, cmap="viridis")
+        axes.contour(drawn, colors="white", linewidths=0.4, alpha=0.6)
+        axes.plot(0.0, 0.0, marker="+", color="white", markersize=9)
+        axes.set_aspect("equal")
+        axes.grid(False)
+        figure.colorbar(drawn, ax=axes, shrink=0.8, label="log10 loss")
+    return figure
+
+
 def accuracy_plane(
     points: Mapping[str, ArrayLike], tasks: Sequence[str], *, title: str = "Test accuracy", axes: Axes | None = None
 ) -> Figure:

@@ -40,6 +40,8 @@ BELOW_BAR = [
     (r"mix<(BFloat16|__half)>", "B200", FEW_WARPS),
     (r"priority_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
     (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
+    (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
+    (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
@@ -47,6 +49,7 @@ AGAIN = "past 8 tasks, groups of rows are read again from the cache; and channel
 SHORT_CHANNELS = "a warp takes up weights and addresses anew for every channel, and channels are short"
 SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 cache when they come again"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
+FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they are multiplied as float32, from three bfloat16"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
     ("cross_gram", "B200", 1.5, PADDED_ROWS),
@@ -54,6 +57,9 @@ SLOWER_THAN_DRAM = [
     ("gram per channel", "H200", 3.7, AGAIN),
     ("gram per channel", "B200", 5.5, AGAIN),
     ("combine per channel", "B200", 1.5, SHORT_CHANNELS),
+    ("flat_gram", "A100 H100", 1.9, FORMED),
+    ("flat_gram", "H200", 2.6, FORMED),
+    ("flat_gram", "B200", 3.7, FORMED),
     ("mix", "A100 H100", 1.9, MANY_RESULTS),
     ("mix", "H200", 2.5, MANY_RESULTS),
     ("mix", "B200", 3.6, MANY_RESULTS),
@@ -121,6 +127,18 @@ def _priority_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(call, [*(row[0] for row in grads), *out], out[0].numel())
 
 
+def _flat_gram(num_tasks: int, dtype: torch.dtype) -> Call:
+    rows = _gradients(max(num_tasks // 2 * 2, 2), dtype)  # of both operands together
+    half = len(rows) // 2
+    return Call(lambda: mtl.flat_gram(rows[:half], rows[half:]), [row[0] for row in rows], CHUNK)
+
+
+def _perturb(num_tasks: int, dtype: torch.dtype) -> Call:
+    (params,), (grads,), out = *_gradients(2, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    radii = torch.ones(1, dtype=torch.float64)
+    return Call(lambda: torch.ops.mtlkernels.perturb_(out, [params], [grads], radii, True), [params, grads, *out], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -129,6 +147,8 @@ OPS = {
     "combine per channel": _combine_per_channel,
     "mix": _mix,
     "priority_combine": _priority_combine,
+    "flat_gram": _flat_gram,
+    "perturb_": _perturb,
 }
 """Op on gradients -> its representative call."""
 

@@ -45,6 +45,7 @@ def chain(grads: list[list[Tensor]], weights: Tensor) -> tuple:
         mtl.aggregate(grads, "mean"),
         mtl.priority_combine(grads, [None if t is None else torch.arange(reference.num_channels(t)) % 2 for t in models]),
         mtl.connection_strength(wide, norms, norms),
+        mtl.flat_gram(grads, [[None if t is None else t * 2 for t in row] for row in grads]),
     )
 
 
@@ -153,6 +154,13 @@ OPCHECKS = {
     "cross_gram": lambda: (OPS.cross_gram, (flat(3, [(4, 3), (5,)]), flat(2, [(4, 3), (5,)], seed=1), 3, 2, "model")),
     "cross_gram, tensor": lambda: (OPS.cross_gram, (flat(1, [(4, 3)]), flat(2, [(4, 3)], seed=1), 1, 2, "tensor")),
     "cross_gram, channel": lambda: (OPS.cross_gram, ([torch.ones(2, 3), None], [None, torch.ones(2)], 1, 1, "channel")),
+    "paired_gram": lambda: (OPS.paired_gram, (flat(2, [(4, 3), ()]), flat(2, [(4, 3), ()], seed=1), 2, "model", "difference")),
+    "paired_gram, tensor": lambda: (OPS.paired_gram, ([torch.ones(2, 3), None], [None, None], 1, "tensor", "product")),
+    "perturb_": lambda: (OPS.perturb_, (*(flat(1, [(4, 3), (5,)], seed=n) for n in range(3)), W2.abs(), True)),
+    "perturb_, strided": lambda: (
+        OPS.perturb_,
+        ([torch.zeros(6, 4).T], [torch.ones(4, 6)], [torch.ones(6, 4).T], W2[:1], False),
+    ),
     "combine": lambda: (OPS.combine, (flat(2, [(4, 3), (5,), ()]), W2)),
     "combine, per tensor": lambda: (OPS.combine, (flat(3, [(4, 3), (5,)], torch.float16), W3.expand(2, 3).clone())),
     "combine, strided": lambda: (OPS.combine, (strided(), W2)),

@@ -23,6 +23,8 @@ OPS = {
     "connection_strength",
     "priority_combine",
     "priority_combine_",
+    "paired_gram",
+    "perturb_",
     "cosine",
     "magnitude_similarity",
     "conflict_rate",
@@ -43,7 +45,9 @@ OPS = {
     "affinity_propagation",
     "proximal_affinity_",
 }
-COMPILED = {"gram", "cross_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix"}
+COMPILED = {
+    "gram", "cross_gram", "paired_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix", "perturb_",
+}  # fmt: skip
 
 
 def undefined_symbols(library: str) -> set[str]:

@@ -123,6 +123,39 @@ def test_step_whose_optimizer_cannot_skip_on_the_device_reads_once(recorder):
     assert len(recorder.reads) == 1
 
 
+def flat_step(**options: Any) -> mtl.FlatInfo:
+    """A whole step of FlatMinimaOptimizer, as :func:`step`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
+        patch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
+        shared = [empty(8, 5).requires_grad_(), empty(8, dtype=torch.bfloat16).requires_grad_()]
+        heads = {task: [empty(3, 8).requires_grad_()] for task in "abc"}
+        inner = torch.optim.AdamW([*shared, *(t for head in heads.values() for t in head)])
+        for group in inner.param_groups:
+            group["fused"] = True
+        optimizer = mtl.FlatMinimaOptimizer(inner, shared=shared, heads=heads, **options)
+        return optimizer.step(lambda: {task: empty().requires_grad_() for task in heads})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weighting": "cagrad", "max_norm": 1.0},
+        {"weighting": "mgda", "adaptive": True, "joint": True, "per": "tensor"},
+        {"weighting": "pcgrad", "aggregation": "second", "on_nonfinite": "drop_task"},
+        {"weighting": "cagrad", "aggregation": "each"},
+        {"weighting": "mgda", "aggregation": "direct", "perturbation": "samo"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_flat_steps(recorder, options):
+    info = flat_step(**options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert "mtlkernels.perturb_.default" in recorder.calls
+    assert {"mtlkernels.paired_gram.default", "mtlkernels.gram.default"} & set(recorder.calls)
+
+
 READS: dict[str, Callable[[Tensor], Any]] = {
     "item": Tensor.item,
     "tolist": lambda x: x.tolist(),

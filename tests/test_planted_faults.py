@@ -13,6 +13,7 @@ import ptxsim
 import pytest
 import sass
 import test_cuda_combine
+import test_cuda_flat
 import test_cuda_gram
 import test_cuda_mix
 import test_cuda_priority
@@ -134,6 +135,23 @@ def test_faults_of_the_priority_kernel(plant, fault):
     plant("cuda/priority.cuh", (old, new))
     with pytest.raises((SimError, AssertionError)):
         test_cuda_priority.run_kernel(**options)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "num_rows", "size"),
+    [
+        ("for (int k = 1; k < K; k += 2)", "for (int k = 3; k < K; k += 2)", 6, 1.0),
+        ("first * second : second - first", "first * second : first - second", 6, 1.0),
+        ("threadIdx.x / 4 % 2", "threadIdx.x / 8 % 2", 12, 1.0),
+        ("kind == PairForm::none ? read(grad, e)", "true ? read(grad, e)", 6, 1e-30),
+        ("pointers[odd ? k - 1 : k]", "pointers[k]", 6, 1e-30),
+    ],
+    ids=["first pair", "sign", "lanes", "float64", "float64 first"],
+)
+def test_rows_formed_wrongly(plant, old, new, num_rows, size):
+    plant("cuda/paired_gram.cuh", (old, new))
+    with pytest.raises((AssertionError, SimError)):
+        test_cuda_flat.run_kernel(num_rows, size)
 
 
 # --- indices ------------------------------------------------------------------------------------------------------------------

@@ -208,6 +208,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "priority_combine",  # these in test_cuda_priority.py
         "priority_combine_",
         "connection_strength",
+        "paired_gram",  # test_cuda_flat.py
+        "perturb_",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -218,7 +220,7 @@ def test_every_cuda_op_is_in_one_of_these_tests():
 def test_every_kernel_is_launched_by_an_op():
     with simulated_cuda() as device:
         for dtype in DTYPES:
-            for num_tasks in (1, 2, 3, 4, 8, 16, 64):
+            for num_tasks in (1, 2, 3, 4, 8, 16, 64):  # of flat_gram, twice as many rows
                 grads = random_gradients(num_tasks, [(2, 3)], dtype)
                 gram = mtl.gram(grads)
                 mtl.gram(grads, per="channel")
@@ -226,6 +228,9 @@ def test_every_kernel_is_launched_by_an_op():
                 mtl.combine(grads, [random_weights(2, num_tasks)])
                 mtl.ops.mix(grads, random_weights(2, num_tasks))
                 mtl.priority_combine(grads, [torch.zeros(2, dtype=torch.int64)])
+                if num_tasks <= 32:
+                    mtl.flat_gram(grads, grads)
+                mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
@@ -344,6 +349,8 @@ FAILING = {
     "mix": lambda grads: mtl.ops.mix(grads, random_weights(2, 3)),
     "priority_combine": lambda grads: mtl.priority_combine(grads, [None, torch.zeros(9, dtype=torch.int64)]),
     "connection_strength": lambda grads: mtl.connection_strength(torch.ones(2, 3), torch.ones(1, 2), torch.ones(1, 2)),
+    "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
+    "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }

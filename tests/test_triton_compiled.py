@@ -13,7 +13,7 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
-from mtlkernels.triton import combine, gram, launch, priority, targets
+from mtlkernels.triton import combine, gram, launch, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -37,7 +37,7 @@ def max_registers(target: targets.Target) -> int:
     """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
     if target.kernel in STAGES_BETWEEN:
         return 64 if target.num_rows <= 16 else 255
-    if target.kernel is combine.combine_chunks:
+    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks):
         return 160
     if target.num_rows <= 4:
         return 128
@@ -91,6 +91,12 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     layers = [priority.Layer(c, torch.empty_like(c[0]), torch.zeros(len(c[0]), dtype=torch.int64)) for c in columns]
     launches += priority.plan(layers, True)
     assert len(launches) == 8
+    for form in ("difference", "product"):
+        launches += (
+            gram.plan([[*c, *c] for c in columns], 2 * num_tasks, "model", form=form).launches if num_tasks <= 32 else []
+        )
+    first = [[c[0], c[0]] for c in columns]
+    launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

@@ -16,6 +16,7 @@ from helpers import (
     snapshot,
     to_numpy,
 )
+from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 
 import mtlkernels as mtl
 from mtlkernels import dispatch
@@ -71,6 +72,21 @@ def test_absent_gradients(num_tasks):
 def test_cross_gram(per):
     rows = drop(random_gradients(5, [(40,) if per == "model" else (4,), (3, 5)]), (0, 1), (4, 0))
     assert_gram(mtl.gram(rows[:3], rows[3:], per=per), rows[:3], rows[3:], per=per)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 5])
+def test_pairs_and_perturbations(num_tasks):
+    grads = drop(random_gradients(num_tasks, [(40,), (3, 5)]), (0, 1))
+    sam = sam_gradients(random_gradients(num_tasks, [(40,), (3, 5)]))
+    for form in ("difference", "product"):
+        assert_pairs(paired(grads, sam, "tensor", form), grads, sam, "tensor", form)
+    params, own = random_gradients(1, [(40,), (6, 4)], seed=3)[0], random_gradients(1, [(40,), (6, 4)], seed=4)[0]
+    params[1] = LAYOUTS["transposed"](params[1])
+    values, expected = [p.clone() for p in params], expected_perturbed(params, own, 0.3, True)
+    originals = mtl.perturb_(params, own, 0.3, adaptive=True)
+    assert_perturbed(params, values, expected, torch.float32)
+    mtl.restore_(params, originals)
+    assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
 
 
 def test_mixed_dtypes():

@@ -185,6 +185,23 @@ std::vector<Piece> cut(const Columns& columns) {
   return pieces;
 }
 
+TensorList in_pairs(const TensorList& grads, const TensorList& other, int64_t num_pairs) {
+  require(grads.size() == other.size() && (num_pairs > 0 ? int64_t(grads.size()) % num_pairs == 0 : grads.empty()),
+          "the gradients are not num_tasks rows of equal length");
+  const int64_t num_columns = num_pairs > 0 ? int64_t(grads.size()) / num_pairs : 0;
+  TensorList rows;
+  rows.reserve(2 * grads.size());
+  for (int64_t k = 0; k < num_pairs; ++k)
+    for (const TensorList* list : {&grads, &other})
+      rows.insert(rows.end(), list->begin() + k * num_columns, list->begin() + (k + 1) * num_columns);
+  return rows;
+}
+
+PairForm pair_form(const std::string& name) {
+  require(name == "difference" || name == "product", "form is none of difference, product");
+  return name == "product" ? PairForm::product : PairForm::difference;
+}
+
 Tensor zeros(const std::vector<int64_t>& shape) {
   using torch::headeronly::ScalarType;
   Tensor result =

@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "../common/paired_plan.h"
 #include "../cpu/kernels.h"
 
 namespace mtlkernels {
@@ -19,6 +21,9 @@ using TensorList = std::vector<std::optional<Tensor>>;
 /// Elements of a chunk, the unit of work of one thread. Partial sums are kept per chunk and added in order, so results have the
 /// same bits for any number of threads.
 constexpr int64_t kChunk = 65536;
+
+/// Results of at least this many bytes are stored past the caches: more than a second-level cache keeps.
+constexpr int64_t kStreamBytes = 8 << 20;
 
 /// Below this many elements in all, a call stays on its own thread.
 constexpr int64_t kSerialWork = 1 << 17;
@@ -82,6 +87,12 @@ void for_each(int64_t count, int64_t total_elements, const Run& run) {
     for (int64_t i = begin; i < end; ++i) run(i);
   });
 }
+
+/// The rows of two lists of num_pairs rows in turn: grads[0], other[0], grads[1], other[1], ...
+TensorList in_pairs(const TensorList& grads, const TensorList& other, int64_t num_pairs);
+
+/// The form that an op's argument names.
+PairForm pair_form(const std::string& name);
 
 /// A tensor of the given shape on the CPU, float64, zeroed.
 Tensor zeros(const std::vector<int64_t>& shape);

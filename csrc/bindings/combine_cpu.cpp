@@ -8,9 +8,6 @@
 namespace mtlkernels {
 namespace {
 
-/// Results of at least this many bytes are stored past the caches: more than a second-level cache keeps.
-constexpr int64_t kStreamBytes = 8 << 20;
-
 void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per per, std::vector<Tensor>& out,
          int64_t num_out) {
   const Columns columns(grads, num_tasks, per == Per::channel, &out, num_out);

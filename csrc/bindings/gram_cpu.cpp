@@ -1,4 +1,4 @@
-// gram and cross_gram on the CPU: cut the columns into chunks, sum each on one thread, add the chunks in order.
+// gram, cross_gram and paired_gram on the CPU: cut the columns into chunks, sum each on one thread, add the chunks in order.
 
 #include <algorithm>
 #include <string>
@@ -36,12 +36,18 @@ void mirror(double* matrices, int64_t count, int64_t size) {
 }
 
 /// Inner products of the first `num_left` rows with the others, or of all rows with each other when there are no others.
-Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int64_t num_right, const std::string& per) {
+/// `form`: what pairs of rows make; with one, all rows are multiplied with each other.
+Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int64_t num_right, const std::string& per,
+                PairForm form = PairForm::none) {
   const bool per_channel = per == "channel", per_tensor = per == "tensor";
   require(per_channel || per_tensor || per == "model", "per is none of model, tensor, channel");
+  require(!per_channel || form == PairForm::none, "per is none of model, tensor");
   const Columns columns(grads, num_rows, per_channel);
   const int64_t block = num_left * num_right;
-  const auto gram = cpu::kernels().gram;
+  const auto gram = [kernel = cpu::kernels().gram, form](const cpu::Column& column, int left, int64_t begin, int64_t end,
+                                                         int64_t segment, double* sums) {
+    kernel(column, left, form, begin, end, segment, sums);
+  };
 
   if (per_channel) {
     std::vector<int64_t> first_slot(columns.size() + 1, 0);
@@ -91,11 +97,16 @@ Tensor cross_gram_cpu(TensorList grads, TensorList other, int64_t num_tasks, int
   return products(grads, num_tasks + num_other, num_tasks, num_other, per);
 }
 
+Tensor paired_gram_cpu(TensorList grads, TensorList other, int64_t num_tasks, std::string per, std::string form) {
+  return products(in_pairs(grads, other, num_tasks), 2 * num_tasks, 2 * num_tasks, 2 * num_tasks, per, pair_form(form));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("gram", TORCH_BOX(&gram_cpu));
   m.impl("cross_gram", TORCH_BOX(&cross_gram_cpu));
+  m.impl("paired_gram", TORCH_BOX(&paired_gram_cpu));
 }
 
 }  // namespace mtlkernels

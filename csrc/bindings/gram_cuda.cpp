@@ -1,5 +1,6 @@
-// gram and cross_gram on CUDA: the chunks of each dtype, then one launch that adds them in order; or a launch per dtype for
-// channels. The cross Gram is a block of the Gram of all rows: reading them is the cost, and each is read once either way.
+// gram, cross_gram and paired_gram on CUDA: the chunks of each dtype, then one launch that adds them in order; or a launch per
+// dtype for channels. The cross Gram is a block of the Gram of all rows: reading them is the cost, and each is read once either
+// way.
 
 #include <algorithm>
 #include <string>
@@ -29,9 +30,11 @@ struct Rows {
   }
 };
 
-/// What the Gram matrices are made of: the columns, a tensor on their device, and where to launch.
+/// What the Gram matrices are made of: the columns, what pairs of their rows make, a tensor on their device, and where to
+/// launch.
 struct Gradients {
   const Columns& columns;
+  PairForm form;
   const Tensor& model;
   cuda::Stream stream;
 };
@@ -96,7 +99,11 @@ Tensor gram_of_chunks(const Gradients& grads, Rows rows, bool per_tensor) {
   for (DType dtype : kDTypes) {
     const Group& group = groups[int(dtype)];
     if (group.tensors.empty()) continue;
-    const char* error = cuda::gram_chunks(dtype, group.tensors, int(rows.all()), group.first_block, sums, grads.stream);
+    const int all = int(rows.all());
+    const char* error =
+        grads.form == PairForm::none
+            ? cuda::gram_chunks(dtype, group.tensors, all, group.first_block, sums, grads.stream)
+            : cuda::paired_gram_chunks(dtype, group.tensors, all, grads.form, group.first_block, sums, grads.stream);
     require(!error, error);
   }
   const char* error = cuda::gram_finish(slots, int(rows.num_left), int(rows.num_right), sums,
@@ -106,10 +113,12 @@ Tensor gram_of_chunks(const Gradients& grads, Rows rows, bool per_tensor) {
 }
 
 /// Products of the first num_left rows with the num_right after them, or with each other if that is 0. More rows than a launch
-/// takes go in blocks of half as many against each other, and are read again for every block.
-Tensor products(const TensorList& rows, int64_t num_left, int64_t num_right, const std::string& per) {
+/// takes go in blocks of half as many against each other, and are read again for every block; a pair is in one block.
+Tensor products(const TensorList& rows, int64_t num_left, int64_t num_right, const std::string& per,
+                PairForm form = PairForm::none) {
   const bool per_channel = per == "channel", per_tensor = per == "tensor";
   require(per_channel || per_tensor || per == "model", "per is none of model, tensor, channel");
+  require(!per_channel || form == PairForm::none, "per is none of model, tensor");
   const int64_t all = num_left + num_right;
   const Columns given(rows, all, per_channel);
   const Tensor* model = nullptr;
@@ -119,7 +128,7 @@ Tensor products(const TensorList& rows, int64_t num_left, int64_t num_right, con
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
   const TensorList flat = flat_gradients(given, rows);
   const Columns columns(flat, all, per_channel);
-  const Gradients grads{columns, *model, current_stream(given.device_index())};
+  const Gradients grads{columns, form, *model, current_stream(given.device_index())};
   const auto run = [&](Rows part) {
     return per_channel ? gram_per_channel(grads, part) : gram_of_chunks(grads, part, per_tensor);
   };
@@ -163,11 +172,16 @@ Tensor cross_gram_cuda(TensorList grads, TensorList other, int64_t num_tasks, in
   return products(rows, num_tasks, num_other, per);
 }
 
+Tensor paired_gram_cuda(TensorList grads, TensorList other, int64_t num_tasks, std::string per, std::string form) {
+  return products(in_pairs(grads, other, num_tasks), 2 * num_tasks, 0, per, pair_form(form));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
   m.impl("gram", TORCH_BOX(&gram_cuda));
   m.impl("cross_gram", TORCH_BOX(&cross_gram_cuda));
+  m.impl("paired_gram", TORCH_BOX(&paired_gram_cuda));
 }
 
 }  // namespace mtlkernels

@@ -87,13 +87,6 @@ void combine_block(const T* const* rows, const double* weights, int num_rows, in
   }
 }
 
-template <typename From, typename To>
-void scatter(const From* from, const Layout& layout, const int64_t* strides, int64_t begin, int64_t count, To* to) {
-  for_runs(layout, strides, begin, count, [&](int64_t offset, int64_t stride, int64_t run, int64_t at) {
-    for (int64_t i = 0; i < run; ++i) from_float(from[at + i], to + offset + i * stride);
-  });
-}
-
 /// The rows of `weights` [num_out][num_rows] over one block, read from rows[k] (null: no gradient) and written to to[m].
 template <typename T>
 class Block {

@@ -104,8 +104,9 @@ inline bool all_zero(const float* row, int64_t count) {
 
 class Gram {
  public:
-  Gram(const Column& column, int num_left)
+  Gram(const Column& column, int num_left, PairForm form)
       : column_(column),
+        form_(form),
         num_left_(num_left),
         num_right_(num_left == column.num_rows ? num_left : column.num_rows - num_left),
         symmetric_(num_left == column.num_rows),
@@ -121,7 +122,7 @@ class Gram {
     rows_ = reinterpret_cast<const void**>(index_ + column.num_rows);
     values_ = reinterpret_cast<double*>(rows_ + column.num_rows);
     for (int k = 0; k < column.num_rows; ++k) {
-      if (!column.rows[k]) continue;
+      if (!is_present(k)) continue;
       index_[present_++] = k;
       present_left_ += k < num_left;
     }
@@ -144,6 +145,37 @@ class Gram {
   }
 
  private:
+  bool is_formed(int k) const { return form_ != PairForm::none && k % 2; }
+
+  bool is_present(int k) const {
+    const bool own = column_.rows[k];
+    if (!is_formed(k)) return own;
+    const bool before = column_.rows[k - 1];
+    return form_ == PairForm::product ? before && own : before || own;
+  }
+
+  /// Elements [at, at + count) of an odd row, formed in `values`; `before` are those of the row before, null where it is
+  /// absent.
+  template <typename T>
+  const T* form_row(int k, int64_t at, int64_t count, const T* before, T* values) const {
+    if (!column_.rows[k]) {  // a difference from nothing
+      return form_each(count, before, before, values, [](auto a, auto) { return -a; });
+    }
+    const T* own = read_row<T>(column_, k, at, count, values);
+    if (!before) return own;
+    if (form_ == PairForm::product) return form_each(count, before, own, values, [](auto a, auto b) { return a * b; });
+    return form_each(count, before, own, values, [](auto a, auto b) { return b - a; });
+  }
+
+  /// values[e] = form(a[e], b[e]); `values` may be `b`.
+  template <typename T, typename Form>
+  static const T* form_each(int64_t count, const T* a, const T* b, T* values, const Form& form) {
+    int64_t e = 0;
+    for (; e + kLanes<T> <= count; e += kLanes<T>) store(values + e, form(load<Vector<T>>(a + e), load<Vector<T>>(b + e)));
+    for (; e < count; ++e) values[e] = form(a[e], b[e]);
+    return values;
+  }
+
   int64_t block_size() const {
     return kLongestBlock * (column_.num_rows <= 2 ? 4 : 1);  // tiles of up to four pairs keep four sums of each
   }
@@ -153,7 +185,15 @@ class Gram {
   bool block(int64_t at, int64_t count) {
     const T** rows = reinterpret_cast<const T**>(rows_);
     T* values = reinterpret_cast<T*>(values_);
-    for (int i = 0; i < present_; ++i) rows[i] = read_row<T>(column_, int(index_[i]), at, count, values + i * block_);
+    for (int i = 0; i < present_; ++i) {
+      const int k = int(index_[i]);
+      T* own = values + i * block_;
+      if (is_formed(k)) {  // the row before it, where there is one, is the one before it here
+        rows[i] = form_row<T>(k, at, count, column_.rows[k - 1] ? rows[i - 1] : nullptr, own);
+      } else {
+        rows[i] = read_row<T>(column_, k, at, count, own);
+      }
+    }
     const int left = present_left_, right = symmetric_ ? left : present_ - left;
     const T* const* right_rows = symmetric_ ? rows : rows + left;
     block_products<T>(rows, left, right_rows, right, symmetric_, count, products_);
@@ -173,6 +213,7 @@ class Gram {
   }
 
   const Column& column_;
+  const PairForm form_;
   const int num_left_, num_right_;
   const bool symmetric_;
   const int64_t element_bytes_, block_;
@@ -187,9 +228,9 @@ class Gram {
 
 namespace MTL_ISA {
 
-void gram(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums) {
+void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums) {
   if (begin >= end) return;
-  Gram products(column, num_left);
+  Gram products(column, num_left, form);
   const int64_t matrix = int64_t(num_left) * (num_left == column.num_rows ? num_left : column.num_rows - num_left);
   for (int64_t at = begin; at < end; at += segment, sums += matrix)
     products.add_to(at, end - at < segment ? end : at + segment, sums);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/numeric.h"
+#include "../common/paired_plan.h"
 
 namespace mtlkernels::cpu {
 
@@ -45,12 +46,17 @@ struct Kernels {
 
   /// Adds the inner products of rows [0, num_left) with rows [num_left, num_rows) over elements [begin, end), cut into segments
   /// of `segment` elements, to sums[segment][num_left][num_rows - num_left]. With num_left == num_rows: of all rows with each
-  /// other, upper triangle only.
-  void (*gram)(const Column& column, int num_left, int64_t begin, int64_t end, int64_t segment, double* sums);
+  /// other, upper triangle only. With a form, the odd rows are first formed of themselves and the row before, in float32
+  /// (float64) and in fast memory; num_left == num_rows then.
+  void (*gram)(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums);
 
   /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight
   /// is exactly 0 is not read. A single output may be one of the rows.
   void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
+
+  /// out = a + radius b, or if `adaptive` a + radius a^2 b, for rows a and b over elements [begin, end), computed in float64.
+  /// The output may be one of the rows.
+  void (*perturb)(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);
 
   /// Adds <row i, row j> over those elements of [begin, end) whose channel has top task i to inner[num_rows][num_rows].
   void (*priority_inner)(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);

@@ -308,5 +308,13 @@ inline const To* read_row(const Column& column, int k, int64_t begin, int64_t co
   return scratch;
 }
 
+/// Elements [begin, begin + count) of a tensor of any strides, from consecutive ones.
+template <typename From, typename To>
+inline void scatter(const From* from, const Layout& layout, const int64_t* strides, int64_t begin, int64_t count, To* to) {
+  for_runs(layout, strides, begin, count, [&](int64_t offset, int64_t stride, int64_t run, int64_t at) {
+    for (int64_t i = 0; i < run; ++i) from_float(from[at + i], to + offset + i * stride);
+  });
+}
+
 }  // namespace
 }  // namespace mtlkernels::cpu

@@ -31,12 +31,31 @@ __device__ inline void add_products(const S (&value)[K][lanes], S (&sums)[num_pa
   }
 }
 
+/// What rows are made of: here each is a task's gradient.
+struct GradientRows {
+  /// Turns the loaded elements of K rows into the values that are multiplied.
+  template <typename S, int K, int lanes>
+  __device__ void form(S (&)[K][lanes]) const {}
+
+  template <typename T>
+  struct Row {
+    const T* grad;
+
+    __device__ bool present() const { return grad; }
+    __device__ double operator[](int64_t e) const { return double(widen(grad[e])); }
+  };
+  template <typename T>
+  __device__ Row<T> row(void* const* pointers, int k) const {
+    return {static_cast<const T*>(pointers[k])};
+  }
+};
+
 /// Elements that are widened at a time: as many as stay in registers.
 template <typename T>
 constexpr int kQuad = kLanes<T> < 4 ? kLanes<T> : 4;
 
-template <typename T, int K>
-__device__ inline void add_products(const Packed<T> (&packed)[K], Sum<T> (&sums)[num_pairs(K)]) {
+template <typename T, int K, typename Rows>
+__device__ inline void add_products(Rows rows, const Packed<T> (&packed)[K], Sum<T> (&sums)[num_pairs(K)]) {
 #pragma unroll
   for (int first = 0; first < kLanes<T>; first += kQuad<T>) {
     Sum<T> value[K][kQuad<T>];
@@ -44,6 +63,7 @@ __device__ inline void add_products(const Packed<T> (&packed)[K], Sum<T> (&sums)
     for (int k = 0; k < K; ++k)
 #pragma unroll
       for (int lane = 0; lane < kQuad<T>; ++lane) value[k][lane] = widen(packed[k].values[first + lane]);
+    rows.form(value);
     add_products<Sum<T>, K, kQuad<T>>(value, sums);
   }
 }
@@ -51,50 +71,50 @@ __device__ inline void add_products(const Packed<T> (&packed)[K], Sum<T> (&sums)
 /// <a, b> over elements [begin, end) in float64.
 /// Contract: all threads of the block call it; `scratch` holds a float64 per warp and `out` one, both in shared memory; `out`
 /// is valid in every thread on return.
-template <typename T>
-__device__ __forceinline__ void product_in_float64(const T* a, const T* b, int64_t begin, int64_t end, double* scratch,
+template <typename Row>
+__device__ __forceinline__ void product_in_float64(const Row& a, const Row& b, int64_t begin, int64_t end, double* scratch,
                                                    double* out) {
   double sum[1] = {0};
 #pragma unroll 1
-  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) sum[0] += double(widen(a[e])) * double(widen(b[e]));
+  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) sum[0] += a[e] * b[e];
   block_sum<1>(sum, scratch, out);
 }
 
 /// Whether a row has an element that is not 0. Contract: all threads of the block call it; one barrier.
-template <typename T>
-__device__ __forceinline__ bool any_nonzero(const T* row, int64_t begin, int64_t end) {
+template <typename Row>
+__device__ __forceinline__ bool any_nonzero(const Row& row, int64_t begin, int64_t end) {
   bool any = false;
 #pragma unroll 1
-  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) any |= widen(row[e]) != 0;
+  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) any |= row[e] != 0;
   return __syncthreads_or(any);
 }
 
 /// Sums a chunk's products again in float64 where float32 cannot hold them; rare, so small rather than fast.
 /// Contract: all threads of the block call it; products[pair_index(R, i, j)] are in shared memory and valid in every thread;
 /// barriers inside.
-template <typename T, int R>
-__device__ __forceinline__ void mend_products(const TensorTable& table, const Chunk& chunk, double* scratch, double* products) {
+template <typename T, int R, typename Rows>
+__device__ __forceinline__ void mend_products(Rows rows, const TensorTable& table, const Chunk& chunk, double* scratch,
+                                              double* products) {
   const int num_rows = table.num_pointers;
-  const auto row = [&](int k) { return static_cast<const T*>(table.pointers(chunk.tensor)[k]); };
+  const auto row = [&](int k) { return rows.template row<T>(table.pointers(chunk.tensor), k); };
   bool again = false;
   for (int k = 0; k < num_rows; ++k)
-    again |= row(k) && out_of_range(products[pair_index(R, k, k)]) && any_nonzero(row(k), chunk.begin, chunk.end);
+    again |= row(k).present() && out_of_range(products[pair_index(R, k, k)]) && any_nonzero(row(k), chunk.begin, chunk.end);
   if (!again) return;
   __syncthreads();  // every thread has read the products that are now written again
   for (int i = 0; i < num_rows; ++i)
     for (int j = i; j < num_rows; ++j)
-      if (row(i) && row(j)) product_in_float64(row(i), row(j), chunk.begin, chunk.end, scratch, products + pair_index(R, i, j));
+      if (row(i).present() && row(j).present())
+        product_in_float64(row(i), row(j), chunk.begin, chunk.end, scratch, products + pair_index(R, i, j));
 }
 
 /// Blocks of a multiprocessor, so that enough bytes are under way.
 template <int K>
 constexpr int kGramBlocks = K == 8 ? 2 : 4;
 
-/// partials[block][pair] = products of one chunk. K is the class of the number of rows, 1, 2, 3, 4 or 8: rows past
-/// table.num_pointers, and null rows, count as zero and are not read. One block per chunk of kDeviceChunk elements.
-template <typename T, int K>
-__global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
-    gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
+/// The block's part of gram_chunks, for rows made of what `forms` says. Contract: all threads of the block call it.
+template <typename T, int K, typename Rows>
+__device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& table, double* partials) {
   constexpr int pairs = num_pairs(K);
   __shared__ double scratch[pairs * (kGramThreads / kWarpSize)];
   __shared__ double products[pairs];
@@ -119,20 +139,29 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
         if (rows[k] && v + b * kGramThreads < vectors)
           packed[b][k] = load_packed(rows[k] + chunk.begin + (v + b * kGramThreads) * kLanes<T>);
 #pragma unroll
-    for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(packed[b], sums);
+    for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(forms, packed[b], sums);
   }
 #pragma unroll 1
   for (int64_t e = chunk.begin + vectors * kLanes<T> + threadIdx.x; e < chunk.end; e += kGramThreads) {
     Sum<T> value[K][1];
 #pragma unroll
     for (int k = 0; k < K; ++k) value[k][0] = rows[k] ? widen(rows[k][e]) : Sum<T>(0);
+    forms.form(value);
     add_products<Sum<T>, K, 1>(value, sums);
   }
 
   block_sum<pairs>(sums, reinterpret_cast<Sum<T>*>(scratch), products);
-  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, K>(table, chunk, scratch, products);
+  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, K>(forms, table, chunk, scratch, products);
   for (int p = threadIdx.x; p < pairs; p += kGramThreads)
     partials[int64_t(table.first_block + blockIdx.x) * pairs + p] = products[p];
+}
+
+/// partials[block][pair] = products of one chunk. K is the class of the number of rows, 1, 2, 3, 4 or 8: rows past
+/// table.num_pointers, and null rows, count as zero and are not read. One block per chunk of kDeviceChunk elements.
+template <typename T, int K>
+__global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
+    gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
+  gram_of_chunk<T, K>(GradientRows(), table, partials);
 }
 
 /// Which blocks of stage one make up which results.

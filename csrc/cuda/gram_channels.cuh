@@ -122,7 +122,7 @@ __device__ inline uint64_t pairs_within(const ChannelArguments& arguments, int f
 #pragma unroll
       for (int b = 0; b < kBatch<K>; ++b) group.load(e + b * step, packed_end, packed[b]);
 #pragma unroll
-      for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(packed[b], sums);
+      for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(GradientRows(), packed[b], sums);
     }
 #pragma unroll 1
     for (int64_t e = (segment > vectors_end ? segment : vectors_end) + lane; e < end; e += kWarpSize) {

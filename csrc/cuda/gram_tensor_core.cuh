@@ -38,13 +38,14 @@ __device__ inline void multiply(double (&sums)[2], double rows, double columns) 
       : "d"(rows), "d"(columns));
 }
 
-/// The products of one step of a warp, added to the tiles' sums. `kChain`: steps after which the sums go to the totals.
+/// The products of one step of a warp, added to the tiles' sums; of one part of it, where it has several. `kChain`: steps after
+/// which the sums go to the totals.
 template <typename T, int R>
 struct Multiplier {  // bfloat16 and half
   using S = TensorCoreShape<2, R>;
   static constexpr int kChain = 4;
 
-  __device__ static void add(const Packed<T> (&rows)[S::groups], float (&sums)[S::tiles][S::tile_sums]) {
+  __device__ static void add(const Packed<T> (&rows)[S::groups], int, float (&sums)[S::tiles][S::tile_sums]) {
     const auto part = [&](int group, int half, uint32_t (&words)[2]) {
       words[0] = half ? rows[group].raw.z : rows[group].raw.x;
       words[1] = half ? rows[group].raw.w : rows[group].raw.y;
@@ -77,7 +78,7 @@ struct Multiplier<float, R> {
   using S = TensorCoreShape<4, R>;
   static constexpr int kChain = 8;
 
-  __device__ static void add(const Packed<float> (&rows)[S::groups], float (&sums)[S::tiles][S::tile_sums]) {
+  __device__ static void add(const Packed<float> (&rows)[S::groups], int, float (&sums)[S::tiles][S::tile_sums]) {
     uint32_t parts[3][S::groups][2];
 #pragma unroll
     for (int g = 0; g < S::groups; ++g) {
@@ -111,7 +112,7 @@ struct Multiplier<double, R> {
   using S = TensorCoreShape<8, R>;
   static constexpr int kChain = kDeviceChunk;
 
-  __device__ static void add(const Packed<double> (&rows)[S::groups], double (&sums)[S::tiles][S::tile_sums]) {
+  __device__ static void add(const Packed<double> (&rows)[S::groups], int, double (&sums)[S::tiles][S::tile_sums]) {
 #pragma unroll
     for (int lane = 0; lane < 2; ++lane) {
       int tile = 0;
@@ -146,10 +147,11 @@ __device__ inline void place_of_sum(int s, int lane, int& row, int& column) {
   column = 8 * (group + tile) + lane % 4 * 2 + s % 2;
 }
 
-/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
-template <typename T, int R>
-__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
-    gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
+/// The block's part of gram_tensor_core, of rows that are made of what `forms` says and multiplied by `product`.
+/// `parts`: in how many rounds of the loop a batch is multiplied; with one, the next batch is loaded meanwhile, which takes
+/// registers. Contract: all threads of the block call it.
+template <typename T, int R, int parts, typename Product, typename Rows>
+__device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms, const TensorTable& table, double* partials) {
   using S = TensorCoreShape<int(sizeof(T)), R>;
   using Total = std::conditional_t<S::total_bytes == 8, double, float>;
   extern __shared__ __align__(16) unsigned char memory[];
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
   }
   const bool aligned = __syncthreads_and(mine);
 
-  const auto load = [&](int64_t batch, Packed<T>(&to)[S::batch][S::groups]) {
+  const auto load = [&](int batch, Packed<T>(&to)[S::batch][S::groups]) {
     const int64_t first = chunk.begin + (batch * warps + warp) * S::batch * S::step, e = first + lane % 4 * kLanes<T>;
     if (aligned && first + S::batch * S::step <= chunk.end) {  // one branch for all rows, so that their loads go out together
 #pragma unroll
@@ -195,19 +197,22 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
 
 #pragma unroll
   for (int s = 0; s < S::sums; ++s) totals[s * S::threads + threadIdx.x] = 0;
-  constexpr int64_t elements = int64_t(S::step) * S::batch * warps;  // of a batch of all warps
-  const int64_t batches = (chunk.end - chunk.begin + elements - 1) / elements;
+  constexpr int elements = S::step * S::batch * warps;  // of a batch of all warps
+  const int batches = int((chunk.end - chunk.begin + elements - 1) / elements);
   Packed<T> now[S::batch][S::groups];
   load(0, now);
+  constexpr bool ahead = parts == 1;
 #pragma unroll 1
-  for (int64_t batch = 0; batch < batches; ++batch) {
+  for (int round = 0; round < batches * parts; ++round) {
+    const int batch = round / parts;
     Packed<T> next[S::batch][S::groups];
-    if (batch + 1 < batches) load(batch + 1, next);
+    if (ahead && batch + 1 < batches) load(batch + 1, next);
+    if (!ahead && round % parts == 0 && round > 0) load(batch, now);
 #pragma unroll
-    for (int b = 0; b < S::batch; ++b) Multiplier<T, R>::add(now[b], sums);
-    if ((batch + 1) * S::batch % Multiplier<T, R>::kChain == 0) add_to_totals();
+    for (int b = 0; b < S::batch; ++b) product.add(now[b], round % parts, sums);
+    if ((round + 1) * S::batch % (Product::kChain * parts) == 0) add_to_totals();
 #pragma unroll
-    for (int b = 0; b < S::batch; ++b)
+    for (int b = 0; b < S::batch && ahead; ++b)
 #pragma unroll
       for (int g = 0; g < S::groups; ++g) now[b][g] = next[b][g];
   }
@@ -222,9 +227,16 @@ __global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R
     if (row <= column) products[pair_index(R, row, column)] = sum;
   }
   __syncthreads();
-  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, R>(table, chunk, reinterpret_cast<double*>(totals), products);
+  if constexpr (sizeof(Sum<T>) == 4) mend_products<T, R>(forms, table, chunk, reinterpret_cast<double*>(totals), products);
   for (int p = threadIdx.x; p < num_pairs(R); p += S::threads)
     partials[int64_t(table.first_block + blockIdx.x) * num_pairs(R) + p] = products[p];
+}
+
+/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
+template <typename T, int R>
+__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
+    gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
+  gram_on_tensor_cores<T, R, 1>(Multiplier<T, R>(), GradientRows(), table, partials);
 }
 
 }  // namespace mtlkernels

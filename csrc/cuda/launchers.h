@@ -6,6 +6,7 @@
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
 #include "../common/mix_plan.h"
+#include "../common/paired_plan.h"
 #include "../common/priority.h"
 
 namespace mtlkernels::cuda {
@@ -40,11 +41,19 @@ const char* priority_combine(DType dtype, const std::vector<PlannedTensor>& tens
 /// Otherwise as combine.
 const char* connection_strength(DType dtype, const std::vector<PlannedTensor>& layers, double eps, Stream stream);
 
+/// out = a + r b, adaptive: a + r a^2 b, for every tensor; the tensors share a dtype. A tensor's pointers are a, b, its result
+/// and the float64 r on the device. Otherwise as combine.
+const char* perturb(DType dtype, const std::vector<PlannedTensor>& tensors, bool adaptive, Stream stream);
+
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as
 /// combine.
 const char* gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int32_t first_block,
                         double* partials, Stream stream);
+
+/// As gram_chunks, of rows in pairs: `num_rows` is even, and the odd rows of a tensor's pointers are formed.
+const char* paired_gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, PairForm form,
+                               int32_t first_block, double* partials, Stream stream);
 
 /// Blocks [begin, end) of stage one make up matrix `slot`.
 struct Slot {

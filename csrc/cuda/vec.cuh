@@ -43,6 +43,7 @@ __device__ inline void narrow(float value, BFloat16& to) {
 template <typename T>
 union Packed {
   uint4 raw;
+  uint32_t words[4];
   T values[kLanes<T>];
   __device__ Packed() : raw{0, 0, 0, 0} {}
 };

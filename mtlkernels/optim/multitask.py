@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -191,13 +191,17 @@ class MultiTaskOptimizer(WrappedOptimizer):
             self._forget()
             return None
         if callable(losses):
-            with torch.enable_grad():
-                losses = losses()
+            losses = cast(Losses, self._evaluated(losses))
         with self._undone_on_error() as before:
             info = self._backward(losses, None, accumulate=False, kept=before)
             info.host_reads += self._step_inner(self._skip.on_device())
         self._forget()
         return info
+
+    def _evaluated(self, closure: Callable[[], Losses]) -> Any:
+        """What :meth:`_backward` takes of a closure."""
+        with torch.enable_grad():
+            return closure()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._forget()
@@ -216,6 +220,38 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._roles = roles.refreshed(self.params, shared)
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
+        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        roles = self._roles
+        shared = roles.shared
+        own, own_of_task = roles.own(tasks)
+        computes = self._held.left <= 0
+        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
+        if all(loss is not None for loss in ordered):
+            self._check_reached(shared_rows, shared)
+        with torch.no_grad():
+            problems = Problems(self.per or roles.group_of_shared(), shared)
+            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
+            solve = self._solve if computes else self._keep
+            info, applied, own_weights = solve(tasks, ordered, *squares, kept)
+            buffers = update_buffers(shared_rows, shared)
+            problems.combine(shared_rows, applied, buffers)
+            shows_nan = _first_written(shared, buffers)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
+            own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
+            self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
+        self.tasks = tasks
+        self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
+        return info
+
+    def _begin(
+        self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
+    ) -> tuple[tuple[Task, ...], list[Tensor | None], list[Tensor | None], Tensor | None]:
+        """Checks everything that can be checked before a gradient is computed, and decides the roles.
+
+        Returns:
+            The task names, the losses in their order, what to differentiate, and the scaler's factor where there is one.
+        """
         tasks, ordered = order_losses(losses, self.tasks)
         self._check_heads(tasks)
         params = self.params
@@ -236,35 +272,23 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if enabled is not None:
             scaled = [None if loss is None else enabled.scale(loss) for loss in ordered]
             scale = enabled.scale(torch.ones((), device=self.device))  # the factor, without a host read
-        shared = roles.shared
-        own, own_of_task = roles.own(tasks)
-        computes = self._held.left <= 0
-        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
-        if all(loss is not None for loss in ordered):
-            self._check_reached(shared_rows, shared)
-        with torch.no_grad():
-            problems = Problems(self.per or roles.group_of_shared(), shared)
-            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
-            solve = self._solve if computes else self._keep
-            info, applied, own_weights = solve(tasks, ordered, *squares, kept)
-            buffers = update_buffers(shared_rows, shared)
-            problems.combine(shared_rows, applied, buffers)
-            shows_nan = _first_written(shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, own, own_weights, weighted)
-            shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
-            if not accumulate:
-                self._skip = SkipFlag()
-                for param in params:
-                    param.grad = None
-            add_to_grad([*shared, *own], [*buffers, *own_buffers])
-        self.tasks = tasks
+        return tasks, ordered, scaled, scale
+
+    def _fill(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool) -> None:
+        """Puts the update into ``.grad``: adds it to what is there, or replaces it for every parameter."""
+        if not accumulate:
+            self._skip = SkipFlag()
+            for param in self.params:
+                param.grad = None
+        add_to_grad(params, grads)
+
+    def _note(self, info: StepInfo, shows_nan: Tensor | None, decided: bool) -> None:
+        """Notes the update for the step that follows. ``decided``: a scaler decides whether it is skipped, or it has been."""
         self._info = info
-        if scale is not None or self.on_nonfinite == "raise":
-            self._skip = SkipFlag()  # the scaler decides, or it has been decided
+        if decided:
+            self._skip = SkipFlag()
         elif shows_nan is not None:
             self._skip = self._skip.with_update(shows_nan, info.skipped)
-        return info
 
     def _check_heads(self, tasks: Sequence[Task]) -> None:
         for task in self._roles.heads:

@@ -8,16 +8,18 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, gram, priority
+from . import combine, gram, perturb, priority
 
 OPS = {
     "gram": gram.gram,
     "cross_gram": gram.cross_gram,
+    "paired_gram": gram.paired_gram,
     "combine": combine.combine,
     "combine_": combine.combine_,
     "combine_channels": combine.combine_channels,
     "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
+    "perturb_": perturb.perturb_,
     "priority_combine": priority.priority_combine,
     "priority_combine_": priority.priority_combine_,
 }

@@ -1,8 +1,9 @@
-"""gram and cross_gram in Triton: G[i, j] = sum_e g_i[e] g_j[e], each row read once.
+"""gram, cross_gram and paired_gram in Triton: G[i, j] = sum_e g_i[e] g_j[e], each row read once.
 
 A program reads one chunk of one tensor, or one channel, and keeps all its pairs in registers: sums of products for up to 8
 rows, matrix products for more. A second launch adds the chunks in order, in float64. Products and sums of 64 to 128 of them are
-float32 (float64 for float64 gradients); a chunk whose squares leave float32's range is summed again in float64.
+float32 (float64 for float64 gradients); a chunk whose squares leave float32's range is summed again in float64. Of rows in
+pairs (FORM) the odd ones are formed in registers: b - a or a b.
 """
 
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, load_tile, ve
 
 CLASSES = (2, 4, 8, 16, 64)
 """Numbers of rows that the kernels are compiled for."""
+FORMS = {"": 0, "difference": 1, "product": 2}
+"""What pairs of rows make -> the constant FORM."""
 MAX_CHANNEL = 32768
 """Elements of a channel up to which a thread's float32 sum of pairs is short enough, 512 terms; longer channels take matrix
 products, which go to float64 tile by tile."""
@@ -60,8 +63,10 @@ def shape(rows_class: int, dtype: torch.dtype, per_channel: bool) -> Shape:
     return Shape(128, 32) if size == 4 else Shape(256, 64)
 
 
-def meta(num_rows: int, dtype: torch.dtype, per_channel: bool, chip: Chip = NVIDIA, long: bool = False) -> tuple[Any, Any, Any]:
-    """Kernel, constants and options for a number of rows; ``long``: for channels past ``MAX_CHANNEL``.
+def meta(
+    num_rows: int, dtype: torch.dtype, per_channel: bool, chip: Chip = NVIDIA, long: bool = False, form: str = ""
+) -> tuple[Any, Any, Any]:
+    """Kernel, constants and options for a number of rows; ``long``: for channels past ``MAX_CHANNEL``; ``form``: of pairs.
 
     Raises:
         ValueError: more rows than the largest class.
@@ -72,11 +77,11 @@ def meta(num_rows: int, dtype: torch.dtype, per_channel: bool, chip: Chip = NVID
             f'grads has {num_rows} rows; gram takes at most {CLASSES[-1]} in Triton. Use mtlkernels.use_backend("reference").'
         )
     threads, tile = shape(rows_class, dtype, per_channel)
-    constants = {"T": TYPES[dtype], "K": rows_class, "E": tile, "CHANNELS": per_channel}
+    constants = {"T": TYPES[dtype], "K": rows_class, "E": tile, "CHANNELS": per_channel, "FORM": FORMS[form]}
     options = chip.options(threads)
     if rows_class <= 8:
         return gram_pairs, constants | {"V": 16 // dtype.itemsize}, options
-    precision = chip.float32_dot if dtype == torch.float32 else "ieee"
+    precision = chip.float32_dot if dtype == torch.float32 or (form and dtype != torch.float64) else "ieee"
     return gram_dots, constants | {"PRECISION": precision}, options | {"num_stages": 3}
 
 
@@ -117,17 +122,46 @@ def _out_of_range(square):
 
 
 @triton.jit
-def _any_nonzero(rows, count, T: tl.constexpr, E: tl.constexpr):
+def _form(first, second, FORM: tl.constexpr):
+    """What a pair of rows makes."""
+    return first * second if FORM == 2 else second - first
+
+
+@triton.jit
+def _rows_before(pointers, num_rows, begin, T: tl.constexpr, K: tl.constexpr):
+    """Addresses of element ``begin`` of the first row of each row's pair, [K]."""
+    first = tl.arange(0, K) // 2 * 2
+    return at_element(tl.load(pointers + first, mask=first < num_rows, other=0), begin, T)
+
+
+@triton.jit
+def _float64_tile(rows, before, offsets, mask, T: tl.constexpr, K: tl.constexpr, FORM: tl.constexpr):
+    """[K, E] elements of all rows in float64, the odd ones formed; for the rare paths: first rows are read again."""
+    tile = load_tile(rows, offsets, mask, T, False).to(tl.float64)
+    if FORM != 0:
+        first = load_tile(before, offsets, mask, T, False).to(tl.float64)
+        tile = tl.where((tl.arange(0, K) % 2 == 1)[:, None], _form(first, tile, FORM), tile)
+    return tile
+
+
+@triton.jit
+def _any_nonzero(rows, before, count, T: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORM: tl.constexpr):
     """Whether a row has an element that is not 0."""
     found = tl.zeros([E], tl.int32)
     for start in range(0, count, E):
         offsets = start + tl.arange(0, E)
-        found |= tl.max((load_tile(rows, offsets, offsets < count, T, False) != 0).to(tl.int32), 0)
+        if FORM == 0:
+            tile = load_tile(rows, offsets, offsets < count, T, False)
+        else:
+            tile = _float64_tile(rows, before, offsets, offsets < count, T, K, FORM)
+        found |= tl.max((tile != 0).to(tl.int32), 0)
     return tl.max(found) > 0
 
 
 @triton.jit
-def _store_float64_products(rows, first, step, num_rows, count, T: tl.constexpr, K: tl.constexpr, E: tl.constexpr):
+def _store_float64_products(
+    rows, before, first, step, num_rows, count, T: tl.constexpr, K: tl.constexpr, E: tl.constexpr, FORM: tl.constexpr
+):
     """All products of a chunk, summed in float64; rare, so small rather than fast."""
     task = tl.arange(0, K)
     for j in range(num_rows):
@@ -135,8 +169,12 @@ def _store_float64_products(rows, first, step, num_rows, count, T: tl.constexpr,
         sums = tl.zeros([K], tl.float64)
         for start in range(0, count, E):
             offsets = start + tl.arange(0, E)
-            tile = load_tile(rows, offsets, offsets < count, T, False).to(tl.float64)
-            sums += tl.sum(tile * load_row(other, offsets, offsets < count, T, False).to(tl.float64)[None, :], 1)
+            tile = _float64_tile(rows, before, offsets, offsets < count, T, K, FORM)
+            if FORM == 0:
+                row = load_row(other, offsets, offsets < count, T, False).to(tl.float64)
+            else:
+                row = tl.sum(tl.where((task == j)[:, None], tile, 0.0), 0)
+            sums += tl.sum(tile * row[None, :], 1)
         tl.store(first + (task * num_rows + j) * step, sums, mask=task < num_rows)
 
 
@@ -151,12 +189,18 @@ def _add_pairs(
     K: tl.constexpr,
     E: tl.constexpr,
     V: tl.constexpr,
+    FORM: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """The sums of pairs i <= j, row by row, with the products of one tile added. Each thread adds its own V elements."""
     values = ()
     for k in tl.static_range(K):
-        values += (load_row(rows[k], offsets, mask, T, ALIGNED),)
+        value = load_row(rows[k], offsets, mask, T, ALIGNED)
+        if FORM != 0:
+            value = value.to(S)
+            if k % 2 == 1:
+                value = _form(values[k - 1], value, FORM)
+        values += (value,)
     result = ()
     for i in tl.static_range(K):
         for j in tl.static_range(i, K):
@@ -177,6 +221,7 @@ def gram_pairs(
     E: tl.constexpr,
     V: tl.constexpr,
     CHANNELS: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """Products of one chunk or channel of up to K = 2, 4 or 8 rows. Its pointers: the rows; its index: where it goes."""
     S: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
@@ -192,10 +237,10 @@ def gram_pairs(
     vectors = vector_count(count, misaligned, E)
     lanes = tl.arange(0, E)
     for start in range(0, vectors, E):
-        sums = _add_pairs(sums, rows, start + lanes, True, T, S, K, E, V, True)
+        sums = _add_pairs(sums, rows, start + lanes, True, T, S, K, E, V, FORM, True)
     for start in range(vectors, count, E):
         offsets = start + lanes
-        sums = _add_pairs(sums, rows, offsets, offsets < count, T, S, K, E, V, False)
+        sums = _add_pairs(sums, rows, offsets, offsets < count, T, S, K, E, V, FORM, False)
 
     totals = ()
     uncertain = tl.zeros([], tl.int32)
@@ -204,16 +249,20 @@ def gram_pairs(
             total = tl.sum(sums[i * K - i * (i - 1) // 2 + j - i], 0)
             totals += (total.to(tl.float64),)
             if i == j:
-                uncertain |= ((rows[i] != 0) & _out_of_range(total)).to(tl.int32)
+                there = rows[i] != 0
+                if FORM == 1 and i % 2 == 1:
+                    there |= rows[i - 1] != 0
+                uncertain |= (there & _out_of_range(total)).to(tl.int32)
     first, step = _destination(out, num_rows, num_blocks, number, index, CHANNELS)
     again = False
     if S == tl.float32:
         task = tl.arange(0, K)
         addresses = at_element(tl.load(pointers + task, mask=task < num_rows, other=0), begin, T)
+        before = _rows_before(pointers, num_rows, begin, T, K)
         if uncertain != 0:
-            again = _any_nonzero(addresses, count, T, E // K)
+            again = _any_nonzero(addresses, before, count, T, K, E // K, FORM)
         if again:
-            _store_float64_products(addresses, first, step, num_rows, count, T, K, E // K)
+            _store_float64_products(addresses, before, first, step, num_rows, count, T, K, E // K, FORM)
     if not again:
         for i in tl.static_range(K):
             for j in tl.static_range(i, K):
@@ -221,6 +270,30 @@ def gram_pairs(
                 if j < num_rows:
                     tl.store(first + (i * num_rows + j) * step, product)
                     tl.store(first + (j * num_rows + i) * step, product)
+
+
+@triton.jit
+def _tile(
+    rows,
+    firsts,
+    seconds,
+    offsets,
+    mask,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    FORM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """[K, E] elements of all rows; of rows in pairs, at ``firsts`` and ``seconds`` [K / 2], in turn and formed."""
+    if FORM == 0:
+        tile = load_tile(rows, offsets, mask, T, ALIGNED)
+    else:
+        first = load_tile(firsts, offsets, mask, T, ALIGNED).to(S)
+        second = load_tile(seconds, offsets, mask, T, ALIGNED).to(S)
+        tile = tl.join(first, _form(first, second, FORM)).permute(0, 2, 1).reshape(K, E)
+    return tile
 
 
 @triton.jit(do_not_specialize=["table", "out", "num_tensors", "num_rows", "num_blocks"])
@@ -235,6 +308,7 @@ def gram_dots(
     E: tl.constexpr,
     CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
+    FORM: tl.constexpr,
 ):
     """As :func:`gram_pairs`, for K = 16 or 64.
 
@@ -247,25 +321,32 @@ def gram_dots(
     pointers, begin, count, number, index = find_chunk(table, num_tensors, num_rows)
     task = tl.arange(0, K)
     rows = at_element(tl.load(pointers + task, mask=task < num_rows, other=0), begin, T)
+    pair = 2 * tl.arange(0, K // 2)
+    firsts = at_element(tl.load(pointers + pair, mask=pair < num_rows, other=0), begin, T)
+    seconds = at_element(tl.load(pointers + pair + 1, mask=pair + 1 < num_rows, other=0), begin, T)
     vectors = vector_count(count, tl.max(rows % VECTOR_BYTES), E)
     lanes = tl.arange(0, E)
     sums = tl.zeros([K, K], tl.float64)
     for start in range(0, vectors, E):
-        tile = load_tile(rows, start + lanes, True, T, True)
+        tile = _tile(rows, firsts, seconds, start + lanes, True, T, S, K, E, FORM, True)
         sums += tl.dot(tile, tl.trans(tile), input_precision=PRECISION, out_dtype=S).to(tl.float64)
     for start in range(vectors, count, E):
         offsets = start + lanes
-        tile = load_tile(rows, offsets, offsets < count, T, False)
+        tile = _tile(rows, firsts, seconds, offsets, offsets < count, T, S, K, E, FORM, False)
         sums += tl.dot(tile, tl.trans(tile), input_precision=PRECISION, out_dtype=S).to(tl.float64)
 
     first, step = _destination(out, num_rows, num_blocks, number, index, CHANNELS)
     again = False
+    before = _rows_before(pointers, num_rows, begin, T, K)
     if S == tl.float32:
         squares = tl.sum(tl.where(task[:, None] == task[None, :], sums, 0.0), 1)
-        if tl.max(((rows != 0) & _out_of_range(squares)).to(tl.int32)) != 0:
-            again = _any_nonzero(rows, count, T, E)
+        present = rows != 0
+        if FORM == 1:
+            present |= before != 0
+        if tl.max((present & _out_of_range(squares)).to(tl.int32)) != 0:
+            again = _any_nonzero(rows, before, count, T, K, E, FORM)
     if again:
-        _store_float64_products(rows, first, step, num_rows, count, T, K, E)
+        _store_float64_products(rows, before, first, step, num_rows, count, T, K, E, FORM)
     else:
         sums = (sums + tl.trans(sums)) * 0.5  # exactly symmetric, in whatever order a matrix product adds
         there = (task[:, None] < num_rows) & (task[None, :] < num_rows)
@@ -303,7 +384,7 @@ class Plan(NamedTuple):
     result: Tensor
 
 
-def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, first_column: int = 0) -> Plan:
+def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, first_column: int = 0, form: str = "") -> Plan:
     """A launch per dtype, then for models and tensors one that adds the chunks; besides, one copy of the pointer tables.
 
     Args:
@@ -311,6 +392,7 @@ def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, fi
         num_rows: K.
         per: ``"model"``, ``"tensor"`` or ``"channel"``. Per channel the result is [channels, K, K] in any case.
         first_column: 0 for the Gram; for the cross Gram, the number of rows before those of ``other``.
+        form: what pairs of rows make, ``"difference"`` or ``"product"``; not per channel.
     """
     models = [like(column) for column in columns]
     device = next(model.device for model in models if model is not None)
@@ -337,7 +419,7 @@ def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, fi
         target = torch.empty(num_rows, num_rows, index, dtype=torch.float64, device=device)
     launches = []
     for ((dtype, long), group), table, (_, blocks) in zip(groups.items(), tables, built, strict=True):
-        kernel, constants, options = meta(num_rows, dtype, per == "channel", chip_of(device), long)
+        kernel, constants, options = meta(num_rows, dtype, per == "channel", chip_of(device), long, form)
         launches.append(Launch(kernel, blocks, (table, target, len(group), num_rows, index), constants, options))
     if per == "channel":
         return Plan(launches, result)
@@ -351,7 +433,7 @@ def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, fi
     return Plan(launches, result)
 
 
-def _run(flat: Sequence[Tensor | None], num_rows: int, per: str, first_column: int = 0) -> Tensor:
+def _run(flat: Sequence[Tensor | None], num_rows: int, per: str, first_column: int = 0, form: str = "") -> Tensor:
     if per not in ("model", "tensor", "channel"):
         raise ValueError(f'per is {per!r}; pass "model", "tensor" or "channel".')
     columns = split(flat, num_rows, len(flat) // num_rows if num_rows else 0)
@@ -360,7 +442,7 @@ def _run(flat: Sequence[Tensor | None], num_rows: int, per: str, first_column: i
     columns = [column if lie_alike(column, row_major=per == "channel") else contiguous(column) for column in columns]
     device = next(row.device for row in flat if row is not None)
     with guard(device):
-        launches, result = plan(columns, num_rows, per, first_column)
+        launches, result = plan(columns, num_rows, per, first_column, form)
         for launch in launches:
             launch()
     return result
@@ -377,3 +459,14 @@ def cross_gram(
     """The op ``cross_gram``: the upper right block of the Gram of all K + K' rows, which are read once, at most 64."""
     result = _run([*flat, *other], num_tasks + num_other, per, num_tasks)
     return result[:, :num_tasks, num_tasks:].contiguous() if per == "channel" else result
+
+
+def paired_gram(flat: Sequence[Tensor | None], other: Sequence[Tensor | None], num_tasks: int, per: str, form: str) -> Tensor:
+    """The op ``paired_gram``: the Gram of the rows a, p, a, p, ... of up to 32 pairs (a, b) with p = b - a or a b."""
+    if per not in ("model", "tensor") or form not in ("difference", "product"):
+        raise ValueError(f'per is {per!r} and form {form!r}; pass "model" or "tensor", and "difference" or "product".')
+    size = len(flat) // num_tasks if num_tasks else 0
+    if len(other) != len(flat):
+        raise ValueError(f"grads lists {len(flat)} tensors and other {len(other)}; pass as many.")
+    rows = [t for k in range(num_tasks) for part in (flat, other) for t in part[k * size : (k + 1) * size]]
+    return _run(rows, 2 * num_tasks, per, 0, form)

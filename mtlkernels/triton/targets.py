@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, gram, priority
+from . import combine, gram, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -45,7 +45,10 @@ class Target(NamedTuple):
         if self.kernel in (priority.priority_products, priority.priority_results):
             constants, options = priority.meta(self.num_rows, self.dtype, chip)
             return constants | {"SLICE": priority.SLICE}, options
-        _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip)
+        if self.kernel is perturb.perturb_chunks:
+            return perturb.meta(self.dtype, chip)
+        form = self.variant if self.variant in gram.FORMS else ""
+        _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
 
 
@@ -56,11 +59,12 @@ def targets() -> Iterator[Target]:
             for variant in ("combine", "combine channels", "mix"):
                 yield Target(combine.combine_chunks, num_rows, dtype, variant)
         for num_rows in gram.CLASSES:
-            for variant in ("chunks", "channels"):
+            for variant in ("chunks", "channels", "difference", "product"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
         for num_rows in priority.CLASSES:
             yield Target(priority.priority_products, num_rows, dtype, "products")
             yield Target(priority.priority_results, num_rows, dtype, "results")
+        yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
     for num_rows in priority.CLASSES:
         yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
@@ -80,6 +84,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is combine.combine_chunks:
         pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_results"]
+    elif target.kernel is perturb.perturb_chunks:
+        pointers = {"table": "*i64", "radii": "*fp64"}
+        numbers = ["num_tensors", "adaptive"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]

@@ -16,6 +16,7 @@ from helpers import (
     drop,
     random_gradients,
 )
+from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from torch import Tensor
 
 import mtlkernels as mtl
@@ -93,6 +94,29 @@ def test_mix(kernels, device, num_tasks, num_results, dtype):
     coefficients = torch.randn(num_results, num_tasks, dtype=torch.float64)
     for weights, row in zip(coefficients, mtl.mix(onto(device, grads), coefficients.to(device)), strict=True):
         assert_combined(home(row), grads, weights)
+
+
+@pytest.mark.parametrize("form", ["difference", "product"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 8, 9, 20, 32])
+def test_pairs_of_rows(kernels, device, num_tasks, dtype, form):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    sam = sam_gradients(grads)
+    grads, sam = drop(grads, (0, 2)), drop(sam, (num_tasks - 1, 1))
+    assert_pairs(home(paired(onto(device, grads), onto(device, sam), "tensor", form)), grads, sam, "tensor", form)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_perturb(kernels, device, dtype, adaptive):
+    params, grads = random_gradients(1, SHAPES, dtype, 3)[0], random_gradients(1, SHAPES, dtype, 4)[0]
+    grads[1] = None
+    moved = [p.to(device) for p in params]
+    expected = expected_perturbed(params, grads, [0.3, 2.0], adaptive, [2, 4])
+    originals = mtl.perturb_(moved, onto(device, [grads])[0], [0.3, 2.0], adaptive=adaptive, groups=[2, 4])
+    assert_perturbed(home(moved), params, expected, dtype)
+    mtl.restore_(moved, originals)
+    assert all(torch.equal(m.cpu(), p) for m, p in zip(moved, params, strict=True))
 
 
 def test_project_removes_every_conflict_with_one_direction(kernels, device):

@@ -1,0 +1,100 @@
+"""From the Grams of gradients and their flat parts to the weights of both."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..flat import FlatGram
+from ..weightings import Weighting, as_weighting
+from .undo import Snapshot
+
+Aggregation = Literal["separate", "direct", "second", "each"]
+
+
+class FlatWeightings(torch.nn.Module):
+    """Weightings of the update sum_k w_k g_k + v_k f_k, g_k the gradient of task k and f_k its flat part.
+
+    ``"separate"``: w = loss(<g, g>), v = flat(<f, f>). ``"second"``: these, then the pair (sum w_k g_k, sum v_k f_k) once
+    more. ``"each"``: the pair (g_k, f_k) of every task, then the results over the tasks. ``"direct"`` weighs f_k + g_k, by
+    ``loss`` alone.
+
+    Args:
+        aggregation: which.
+        loss: the weighting of the gradients.
+        flat: of the flat parts; None: an independent copy of ``loss``.
+        pair: of pairs of a gradient and a flat part; None: an independent copy of ``loss``.
+    """
+
+    def __init__(
+        self, aggregation: Aggregation, loss: Weighting, flat: str | Weighting | None, pair: str | Weighting | None
+    ) -> None:
+        super().__init__()
+        self.aggregation = aggregation
+        self.loss = loss
+        self.flat = _other(flat, loss) if aggregation in ("separate", "second") else None
+        self.pair = _other(pair, loss) if aggregation in ("second", "each") else None
+
+    def forward(self, gram: FlatGram, cut: float, active: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights w and v, float64 [..., K].
+
+        Args:
+            gram: [..., K, K] each, finite.
+            cut: a flat part of at most ``cut`` times its gradient counts as zero: it gets no weight, and changes no state.
+            active: bool [K]; tasks that are not get no weight. None: all.
+            losses: float64 [K].
+        """
+        if self.aggregation == "each":
+            return self._each(gram, cut, active, losses)
+        assert self.flat is not None
+        zero = _trace(gram.flat) <= cut**2 * _trace(gram.loss)
+        before = Snapshot([], self.flat)
+        w = self.loss(gram.loss, active=active, losses=losses)
+        v = self.flat(gram.flat, active=active, losses=losses)
+        before.restore_buffers_unless(~zero.all())
+        v = torch.where(zero.unsqueeze(-1), 0.0, v)
+        if self.pair is None:
+            return w, v
+        inner = _inner(w, gram.loss, w), _inner(w, gram.cross, v), _inner(v, gram.flat, v)
+        ratio = self._of_pairs(*inner, zero, None)
+        return ratio[..., :1] * w, ratio[..., 1:] * v
+
+    def _each(self, gram: FlatGram, cut: float, active: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor]:
+        loss, flat, cross = (part.diagonal(dim1=-2, dim2=-1) for part in gram)
+        ratio = self._of_pairs(loss, cross, flat, flat <= cut**2 * loss, active)
+        a, b = ratio[..., 0], ratio[..., 1]
+        mixed = _outer(a, b) * gram.cross
+        w = self.loss(_outer(a, a) * gram.loss + mixed + mixed.mT + _outer(b, b) * gram.flat, active=active, losses=losses)
+        return w * a, w * b
+
+    def _of_pairs(self, loss: Tensor, cross: Tensor, flat: Tensor, zero: Tensor, active: Tensor | None) -> Tensor:
+        """Weights [..., 2] of pairs with these inner products, (1, 0) where the flat part is ``zero``."""
+        assert self.pair is not None
+        grams = torch.stack([torch.stack([loss, cross], -1), torch.stack([cross, flat], -1)], -2)
+        pairs = None if active is None else active.unsqueeze(-1).expand(*grams.shape[:-1])
+        before = Snapshot([], self.pair)
+        weights = self.pair(grams, active=pairs)
+        before.restore_buffers_unless(~zero.all())
+        alone = torch.stack([torch.ones_like(loss), torch.zeros_like(loss)], -1)
+        return torch.where(zero.unsqueeze(-1), alone, weights)
+
+
+def _other(weighting: str | Weighting | None, loss: Weighting) -> Weighting:
+    """The weighting, or a copy of ``loss`` with state of its own; random methods draw from one generator, one after another."""
+    if weighting is not None:
+        return as_weighting(weighting)
+    memo = {id(g): g for g in (getattr(m, "generator", None) for m in loss.modules()) if g is not None}
+    return copy.deepcopy(loss, memo)
+
+
+def _trace(gram: Tensor) -> Tensor:
+    return gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _inner(left: Tensor, gram: Tensor, right: Tensor) -> Tensor:
+    return (left.unsqueeze(-1) * gram * right.unsqueeze(-2)).sum((-2, -1))
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return left.unsqueeze(-1) * right.unsqueeze(-2)
