@@ -48,16 +48,19 @@ def combine_model(grads: Rows, top: list[Tensor | None]) -> list[Tensor]:
 compiled = torch.compile(combine_model)
 
 
-@pytest.mark.parametrize("call", [mtl.priority_combine, compiled, combine_model], ids=["priority_combine", "compiled", "eager"])
+@pytest.mark.parametrize(
+    "call",
+    [mtl.priority_combine, compiled, combine_model],
+    ids=["priority_combine", "the same compiled", "the same in PyTorch"],
+)
 def bench_priority(measure, grads: Rows, top: list[Tensor | None], call: Callable[..., list[Tensor]], request) -> None:
-    name = request.node.callspec.id.split("-")[0]
     if grads[0][0].dtype == torch.float32:  # bfloat16's own dots are too coarse to compare with
         torch.testing.assert_close(call(grads, top), combine_model(grads, top), rtol=1e-3, atol=1e-3)
-    measure(f"priority: {name}", lambda: call(grads, top))
+    measure(request.node.callspec.id.rpartition("-")[2], lambda: call(grads, top))
 
 
 def bench_priority_existing_buffers(measure, grads: Rows, top: list[Tensor | None], buffers: list[Tensor]) -> None:
-    measure("priority: existing buffers", lambda: mtl.priority_combine(grads, top, out=buffers))
+    measure("priority_combine, existing buffers", lambda: mtl.priority_combine(grads, top, out=buffers))
 
 
 def bench_connection_strength(measure, num_tasks: int, dtype: torch.dtype) -> None:

@@ -1,8 +1,8 @@
 // Task priority: inner products with the top task's row of each channel, and the sum that they lead to.
 //
-// Products and their sums are float64, in which products of float32 are exact, so that no range of float32 matters. Rows are
-// summed in float32 (float64 for float64 and for 16 bits, which are widened anyway). Results that no cache could keep are
-// stored past it.
+// Products and short sums of them are float32, all else is float64; products that leave float32's range are formed again in
+// float64. Rows are summed in float32. Both are float64 throughout for float64, and for 16 bits, which are widened anyway.
+// Results that no cache could keep are stored past it.
 
 #include <type_traits>
 
@@ -12,6 +12,7 @@ namespace mtlkernels::cpu {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // elements that are gathered at a time where rows are not flat
+constexpr int kTerms = 8;         // of one float32 sum, as in gram
 constexpr int kGroup = 4;         // rows at a time: their pointers, sums and operands stay in registers
 
 /// The rows that a column has, over ranges of its elements: where they lie, or gathered as T where they are not flat.
@@ -52,13 +53,17 @@ class Rows {
           first_[r] = read_row<T>(column_, int(task_[r]), at, size, values_ + r * kBlock);
         }
       }
+      int64_t channel = at / rest, end_of_channel = (channel + 1) * rest - at;
       for (int64_t offset = 0; offset < size;) {
-        const int64_t channel = (at + offset) / rest, left = (channel + 1) * rest - at - offset;
-        int64_t count = left < size - offset ? left : size - offset;
+        int64_t count = (end_of_channel < size ? end_of_channel : size) - offset;
         if (in_blocks && count > kBlock) count = kBlock;
         for (int r = 0; r < count_; ++r) now_[r] = first_[r] + offset;
         visit(channel, at + offset, count, static_cast<const T* const*>(now_));
         offset += count;
+        if (offset == end_of_channel) {
+          ++channel;
+          end_of_channel += rest;
+        }
       }
       at += size;
     }
@@ -103,15 +108,58 @@ void products(const T* own, const T* const* rows, int64_t count, double* sums, d
   }
 }
 
+/// The same for float32 in float32, at most kTerms products a lane before they go to float64.
+template <int R>
+void products_in_float32(const float* own, const float* const* rows, int64_t count, double* sums, double* square) {
+  constexpr int lanes = kLanes<float>;
+  DoubleVector total[R + 1][2] = {};
+  int64_t e = 0;
+  while (e + lanes <= count) {
+    FloatVector part[R + 1] = {};
+    for (int term = 0; term < kTerms && e + lanes <= count; ++term, e += lanes) {
+      const FloatVector left = load<FloatVector>(own + e);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) part[r] += left * load<FloatVector>(rows[r] + e);
+      part[R] += left * left;
+    }
+#pragma GCC unroll 5
+    for (int r = 0; r <= R; ++r) {
+      HalfFloatVector halves[2];
+      __builtin_memcpy(halves, &part[r], sizeof(halves));
+      total[r][0] += __builtin_convertvector(halves[0], DoubleVector);
+      total[r][1] += __builtin_convertvector(halves[1], DoubleVector);
+    }
+  }
+  for (int r = 0; r <= R; ++r) {
+    const float* other = r < R ? rows[r] : own;
+    double sum = sum_lanes(total[r][0] + total[r][1]);
+    for (int64_t tail = e; tail < count; ++tail) sum += double(own[tail]) * double(other[tail]);
+    (r < R ? sums[r] : *square) = sum;
+  }
+}
+
+/// Products of float32 in float32; in float64 where they may have left its range: a sum overflowed or is no number, or the
+/// square is so small that products underflowed. Of all else in float64.
+template <int R, typename T>
+void products_in_range(const T* own, const T* const* rows, int64_t count, double* sums, double* square) {
+  if constexpr (std::is_same_v<T, float>) {
+    products_in_float32<R>(own, rows, count, sums, square);
+    bool certain = *square > 0x1p-96 && *square < 0x1p127;
+    for (int r = 0; r < R; ++r) certain &= sums[r] > -0x1p127 && sums[r] < 0x1p127;
+    if (certain) return;
+  }
+  products<T, R>(own, rows, count, sums, square);
+}
+
 template <typename T>
 void products(const T* own, const T* const* rows, int num_rows, int64_t count, double* sums, double* square) {
   for (int r = 0; r < num_rows || r == 0; r += kGroup) {
     switch (num_rows - r) {
-      case 0: products<T, 0>(own, rows, count, sums, square); break;
-      case 1: products<T, 1>(own, rows + r, count, sums + r, square); break;
-      case 2: products<T, 2>(own, rows + r, count, sums + r, square); break;
-      case 3: products<T, 3>(own, rows + r, count, sums + r, square); break;
-      default: products<T, kGroup>(own, rows + r, count, sums + r, square);
+      case 0: products_in_range<0>(own, rows, count, sums, square); break;
+      case 1: products_in_range<1>(own, rows + r, count, sums + r, square); break;
+      case 2: products_in_range<2>(own, rows + r, count, sums + r, square); break;
+      case 3: products_in_range<3>(own, rows + r, count, sums + r, square); break;
+      default: products_in_range<kGroup>(own, rows + r, count, sums + r, square);
     }
   }
 }
