@@ -220,8 +220,12 @@ def report(options: argparse.Namespace, results: dict[tuple[str, bool], list[Res
     digits = "" if options.data == "fashion" else ", of the digits there are 5,000"
     return f"""# {TITLES[options.data]}, {options.trunk} trunk
 
-Written by `{command}`. Adaptive perturbations, Adam with learning rate 1e-3. The paper's column is its Table 1: ResNet-18, 200
-epochs, whole data sets, rho 2. Here the trunk is small, training is short{digits}: compare within a column only.
+Written by
+
+    {command}
+
+Adaptive perturbations, Adam with learning rate 1e-3. The paper's column is its Table 1: ResNet-18, 200 epochs, whole data sets,
+rho 2. Here the trunk is small, training is short{digits}: compare within a column only.
 *conflicts*: mini-batches of the last quarter with <g_1, g_2> < 0. *sharpness*: mean rise of the test losses along each
 task's ascent direction, at the same rho. *ECE*: expected calibration error.
 
