@@ -16,9 +16,9 @@ def task(name: Task) -> Iterator[None]:
 
     Every task norm that runs in the block uses that task's scale, shift and statistics. Blocks nest; the outer task is back
     after a block, also after one that raised. Each thread (and each asyncio task) has its own current task. With
-    ``torch.compile``, enter the block outside the compiled model, since it breaks a graph; the model is compiled once for each
-    task, so its ``recompile_limit`` must be K or more. Activation checkpoints run the forward again during the backward pass:
-    enter the block inside the checkpointed function.
+    ``torch.compile``, enter the block outside the compiled model, since it breaks a graph (before torch 2.14 every task norm
+    does, which costs speed only); the model is compiled once for each task, so its ``recompile_limit`` must be K or more.
+    Activation checkpoints run the forward again during the backward pass: enter the block inside the checkpointed function.
 
     Args:
         name: a task of the norms, or its index where their names are no integers.
