@@ -297,7 +297,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         pair = finite.unsqueeze(-1) & finite
         clean = [torch.where(pair, gram, 0.0) for gram in grams]
         own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
-        values, present = self._losses(losses)
+        values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
         mask = active if drops or any(loss is None for loss in losses) else None

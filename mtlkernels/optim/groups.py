@@ -12,7 +12,7 @@ from ..distributed import check_single_process
 from ..grouping.common import Groups, check_partition
 from ..proximal import ProximalAffinity, stack_losses
 from ..weightings import Weighting
-from .info import GroupsInfo, StepInfo
+from .info import GroupsInfo
 from .losses import Losses, loaded_names, order_losses, task_names
 from .multitask import MultiTaskOptimizer, Nonfinite
 from .roles import Roles, Task
@@ -396,6 +396,3 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         if self._multi is not None:
             load_buffers(self._multi.weighting, own["weighting"], self.device)
         self.batches, self.seed = own["batches"], own["seed"]
-
-
-__all__ = ["GroupsInfo", "SelectiveGroupOptimizer", "StepInfo"]

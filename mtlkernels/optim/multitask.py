@@ -366,7 +366,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         pair = finite.unsqueeze(-1) & finite
         clean = torch.where(pair, gram, 0.0)
         own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
-        values, present = self._losses(losses)
+        values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
         if drops or any(loss is None for loss in losses):
@@ -393,7 +393,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         kept: Snapshot,
     ) -> tuple[StepInfo, Tensor, Tensor]:
         """As :meth:`_solve`, between updates of the weights: of the weighted gradient, whose ``square`` is [1, 1]."""
-        values, present = self._losses(losses)
+        values, present = self._loss_values(losses)
         weights = torch.where(present, self._held.of_tasks(values), 0.0)
         finite = torch.ones_like(present) if own_gram is None else own_gram.diagonal() < torch.inf
         usable = finite.all() & (square[0, 0] < torch.inf)
@@ -403,16 +403,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
         applied = self._checked(info, update, (ones, own_weights), finite, usable)
         self._held = self._held.used()
         return info, *applied
-
-    def _losses(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        """float64 [K], NaN for an absent task, and which are present, bool [K]; without a copy that the host waits for."""
-        absent = torch.full((), torch.nan, device=self.device)
-        values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
-        present = torch.ones(len(losses), dtype=torch.bool, device=self.device)
-        for k, loss in enumerate(losses):
-            if loss is None:
-                present[k].fill_(False)
-        return values, present
 
     def _checked(
         self, info: StepInfo, update: UpdateNorm, weights: tuple[Tensor, Tensor], finite: Tensor, usable: Tensor

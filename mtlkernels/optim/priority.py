@@ -385,12 +385,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         gram = cast(Tensor, ops.gram(rows)).to(self.device)
         if scaler is not None:
             gram = gram / scaler.scale(torch.ones((), device=self.device)).double().square()
-        absent = torch.full((), torch.nan, device=self.device)
-        values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
-        active = torch.ones(len(rows), dtype=torch.bool, device=self.device)
-        for k, loss in enumerate(losses):
-            if loss is None:
-                active[k].fill_(False)  # not from a list, which would be a copy to the device that the host waits for
+        values, active = self._loss_values(losses)
         finite = (gram.diagonal() < torch.inf).all()  # squared norms: false for inf and NaN
         weights = weighting(torch.where(finite, gram, 0.0), active=active, losses=torch.where(active, values, 0.0))
         return torch.where(finite, weights, torch.nan)  # which the update shows, even where a weight was to be 0

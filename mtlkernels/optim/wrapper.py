@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -131,6 +131,16 @@ class WrappedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the inner optimizer."""
         self.optimizer.add_param_group(param_group)
+
+    def _loss_values(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+        """float64 [K], NaN for an absent task, and which are present, bool [K]; without a copy that the host waits for."""
+        absent = torch.full((), torch.nan, device=self.device)
+        values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
+        present = torch.ones(len(losses), dtype=torch.bool, device=self.device)
+        for k, loss in enumerate(losses):
+            if loss is None:
+                present[k].fill_(False)
+        return values, present
 
     # --- the inner step --------------------------------------------------------------------------------------------------
 
