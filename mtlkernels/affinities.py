@@ -10,6 +10,7 @@ from .gradients import Source, task_gradients
 from .ops import check_gram, cosine
 from .optim.losses import Losses, order_losses
 from .optim.undo import Snapshot
+from .task_losses import stack_losses
 
 
 def affinity(gram: Tensor, losses: Tensor, lr: float | Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def lookahead_affinity(
         inputs = [*live, *others] if gradients == "backward" else live  # so that the .grad of all of them is kept
         rows = [row[: len(live)] for row in task_gradients(ordered, [inputs] * len(tasks), gradients)]
         with torch.no_grad():
-            before = _stacked(ordered)
+            before = stack_losses(ordered)
             base = torch.where(before > 0, before, torch.nan)
             values = [p.detach().clone() for p in live]
             effects = []
@@ -117,7 +118,7 @@ def lookahead_affinity(
                 for param, value, grad in zip(live, values, row, strict=True):
                     param.copy_(value if grad is None else value - lr * grad)
                 _set_random_state(device, random_state)
-                effects.append(1 - _stacked(_same_tasks(losses_fn(), tasks)) / base)
+                effects.append(1 - stack_losses(_same_tasks(losses_fn(), tasks)) / base)
             return torch.stack(effects)
 
 
@@ -139,14 +140,6 @@ def _same_tasks(losses: Losses, tasks: tuple[object, ...]) -> list[Tensor | None
     if len(ordered) != len(tasks) or len(losses) > len(tasks):
         raise ValueError(f"losses_fn returned {len(losses)} losses after {len(tasks)}; return the same tasks in every call.")
     return ordered
-
-
-def _stacked(losses: Iterable[Tensor | None]) -> Tensor:
-    """float64 [K], NaN for an absent task."""
-    losses = list(losses)
-    model = next(loss for loss in losses if loss is not None)
-    absent = torch.full((), torch.nan, dtype=torch.float64, device=model.device)
-    return torch.stack([absent if loss is None else loss.detach().double().reshape(()) for loss in losses])
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -232,12 +232,14 @@ OPCHECKS = {
     "affinity_propagation, batch": lambda: (OPS.affinity_propagation, (symmetric(2, 3).mT, 0.5, 0.9, 50, 15)),
     "proximal_affinity_": lambda: (
         OPS.proximal_affinity_,
-        (symmetric(3), torch.ones(3).double(), W3.double().abs(), [0, 2], 0.5, torch.tensor(True)),
+        (symmetric(3), torch.ones(3).double(), [torch.ones(()), W3[1], torch.ones(1)], [0, 2], [1], 0.5, torch.tensor(True)),
     ),
     "proximal_affinity_, first": lambda: (
         OPS.proximal_affinity_,
-        (symmetric(3), torch.full((3,), torch.nan).double(), W3.double(), [], 0.5, None),
+        (symmetric(3), torch.full((3,), torch.nan).double(), [torch.ones(()).half()] * 3, [], [0], 0.5, None),
     ),
+    "proximal_groups": lambda: (OPS.proximal_groups, (symmetric(3), False, None, 0.5, 200, 50)),
+    "proximal_groups, released": lambda: (OPS.proximal_groups, (symmetric(3).mT, True, -1.0, 0.9, 200, 50)),
     **{
         f"{op}, {name}": lambda op=op, make=make: (getattr(OPS, op), (make(),))
         for op in ("cosine", "magnitude_similarity", "conflict_rate", "condition_number")

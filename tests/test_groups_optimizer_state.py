@@ -278,11 +278,11 @@ def test_a_batch_reads_the_device_for_its_groups_only(recorder, monkeypatch):  #
     """With an optimizer that skips on the device. Autograd does not run on tensors without memory: its result is made up."""
     params = [empty(8, 5).requires_grad_(), empty(3, 8).requires_grad_()]
 
-    def backward(loss: torch.Tensor) -> None:
+    def backward(losses: list[torch.Tensor]) -> None:
         for param in params:
             param.grad = torch.empty_like(param)
 
-    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.autograd, "backward", backward)
     monkeypatch.setattr(import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *_, **__: None)
     inner = torch.optim.Adam(params)
     inner.param_groups[0]["fused"] = True

@@ -44,6 +44,7 @@ OPS = {
     "upgrad_weights",
     "affinity_propagation",
     "proximal_affinity_",
+    "proximal_groups",
 }
 COMPILED = {
     "gram", "cross_gram", "paired_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix", "perturb_",

@@ -121,11 +121,24 @@ def test_a_sequence_of_scalars_with_absent_tasks(backend):
 def test_a_skipped_step_is_not_credited(backend):
     affinity = mtl.ProximalAffinity(2, 0.5)
     affinity.start_batch()
-    affinity.update([0], torch.tensor([2.0, 2.0]), skipped=torch.tensor(True))
-    affinity.update([1], torch.tensor([1.0, 1.0]), skipped=torch.tensor(False))
+    affinity.update([0], torch.tensor([2.0, 2.0]))
+    affinity.update([1], torch.tensor([1.0, 1.0]), skipped=torch.tensor(True))
     assert (affinity.matrix == 0).all()
-    affinity.update([0], torch.tensor([0.5, 0.5]))
+    affinity.update([0], torch.tensor([0.5, 0.5]), skipped=torch.tensor(False))
     assert affinity.matrix.tolist() == [[0, 0], [0.25, 0.25]]
+
+
+def test_what_an_update_returns(backend):
+    affinity = mtl.ProximalAffinity(4)
+    half = torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True)
+    losses = [torch.tensor([1.5], dtype=torch.float16), None, torch.tensor(torch.inf), half]
+    for group, expected in (([0, 3], False), ([0, 2], True), ([1], True)):
+        values, nonfinite = affinity.update(group, losses)
+        torch.testing.assert_close(values, torch.tensor([1.5, torch.nan, torch.inf, 0.5]).double(), equal_nan=True)
+        assert not values.requires_grad
+        assert nonfinite.shape == ()
+        assert bool(nonfinite) == expected
+    assert affinity.update([0], torch.ones(4))[0] is not affinity.previous
 
 
 def test_state_saves_and_loads():
@@ -173,8 +186,11 @@ def test_bad_groups_and_losses_change_nothing(group):
         affinity.update(group, torch.ones(3))
     with pytest.raises(ValueError, match=r"losses has shape \(2,\); 3 tasks take \[3\]"):
         affinity.update([0], torch.ones(2))
+    for bad in (0.5, torch.ones(2), torch.tensor(1j)):
+        with pytest.raises(ValueError, match=r"losses\[2\] is .*; pass a floating-point scalar"):
+            affinity.update([0], [torch.ones(()), None, bad])
     assert affinity.previous.isnan().all()
-    assert affinity._last is None
+    assert affinity._last == []
 
 
 # --- similarity and groups ------------------------------------------------------------------------------------------------

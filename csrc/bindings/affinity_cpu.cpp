@@ -1,4 +1,7 @@
-// Inter-task affinity and its clusters on the CPU: a loop over problems around common/kxk_affinity.h.
+// Inter-task affinity and its clusters on the CPU, around common/kxk_affinity.h.
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 
@@ -12,25 +15,53 @@ using torch::headeronly::ScalarType;
 
 const double* doubles(const Tensor& tensor) { return static_cast<const double*>(tensor.const_data_ptr()); }
 
-void proximal_affinity_op(Tensor affinity, Tensor previous, const Tensor& losses, std::vector<int64_t> group, double decay,
-                          const std::optional<Tensor>& skipped) {
+double scalar(const Tensor& tensor, int64_t task) {
+  require(tensor.numel() == 1, "a loss is not a scalar", task);
+  const void* data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return *static_cast<const float*>(data);
+    case ScalarType::Double: return *static_cast<const double*>(data);
+    case ScalarType::Half: return float(*static_cast<const torch::headeronly::Half*>(data));
+    case ScalarType::BFloat16: return float(*static_cast<const torch::headeronly::BFloat16*>(data));
+    default: require(false, "a loss is not float32, float64, float16 or bfloat16", task); return NAN;
+  }
+}
+
+/// A vector, or a scalar where `size` is 0. Not through the dispatcher, which costs more than the rest of an op here.
+Tensor host_tensor(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  check_torch(aoti_torch_empty_strided(size > 0, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor> proximal_affinity_op(Tensor affinity, Tensor previous, TensorList losses,
+                                                std::vector<int64_t> credited, std::vector<int64_t> group, double decay,
+                                                const std::optional<Tensor>& skipped) {
   require(affinity.dim() == 2 && affinity.size(0) == affinity.size(1) && affinity.scalar_type() == ScalarType::Double,
           "affinity must be float64 [K, K]");
   const int64_t size = affinity.size(0);
-  for (const Tensor* values : {static_cast<const Tensor*>(&previous), &losses}) {
-    require(values->dim() == 1 && values->size(0) == size && values->scalar_type() == ScalarType::Double,
-            "previous and losses must be float64 [K]");
-  }
+  require(previous.dim() == 1 && previous.size(0) == size && previous.scalar_type() == ScalarType::Double,
+          "previous must be float64 [K]");
+  require(int64_t(losses.size()) == size, "losses must list K scalars");
   require(affinity.is_contiguous() && previous.is_contiguous(), "affinity and previous must be contiguous");
   require(!skipped || (skipped->numel() == 1 && skipped->scalar_type() == ScalarType::Bool), "skipped must be one bool");
-  require(std::all_of(group.begin(), group.end(), [=](int64_t task) { return task >= 0 && task < size; }),
-          "group must hold task indices from 0 to K - 1");
-  const Tensor after = torch::stable::contiguous(losses);
+  for (const std::vector<int64_t>* tasks : {&credited, &group}) {
+    require(std::all_of(tasks->begin(), tasks->end(), [=](int64_t task) { return task >= 0 && task < size; }),
+            "credited and group must hold task indices from 0 to K - 1");
+  }
+  Tensor values = host_tensor(size, aoti_torch_dtype_float64()), nonfinite = host_tensor(0, aoti_torch_dtype_bool());
+  double* after = static_cast<double*>(values.mutable_data_ptr());
   double* before = static_cast<double*>(previous.mutable_data_ptr());
-  proximal_affinity(static_cast<double*>(affinity.mutable_data_ptr()), before, doubles(after), int(size), group.data(),
-                    int64_t(group.size()), decay);
-  const bool forget = skipped && *static_cast<const bool*>(skipped->const_data_ptr());
-  std::transform(doubles(after), doubles(after) + size, before, [=](double loss) { return forget ? NAN : loss; });
+  for (int64_t k = 0; k < size; ++k) after[k] = losses[k] ? scalar(*losses[k], k) : NAN;
+  if (!skipped || !*static_cast<const bool*>(skipped->const_data_ptr())) {
+    proximal_affinity(static_cast<double*>(affinity.mutable_data_ptr()), before, after, int(size), credited.data(),
+                      int64_t(credited.size()), decay);
+  }
+  std::copy_n(after, size, before);
+  *static_cast<bool*>(nonfinite.mutable_data_ptr()) =
+      std::any_of(group.begin(), group.end(), [=](int64_t task) { return !std::isfinite(after[task]); });
+  return {values, nonfinite};
 }
 
 /// Of the K^2 entries; the mean of the middle two where their number is even. Reorders them.
@@ -72,10 +103,38 @@ std::tuple<Tensor, Tensor> affinity_propagation_op(const Tensor& similarity, std
   return {labels, converged};
 }
 
+/// Affinity propagation on the similarity of one affinity matrix, of the tasks with a measured effect on themselves; another
+/// task t has the label -1 - t. A matrix that is not finite does not converge.
+std::tuple<Tensor, Tensor> proximal_groups_op(const Tensor& affinity, bool released, std::optional<double> preference,
+                                              double damping, int64_t max_iter, int64_t convergence_iter) {
+  require(affinity.dim() == 2 && affinity.size(0) == affinity.size(1) && affinity.scalar_type() == ScalarType::Double,
+          "affinity must be float64 [K, K]");
+  const Tensor dense = torch::stable::contiguous(affinity);
+  const int64_t size = affinity.size(0);
+  const double* matrix = doubles(dense);
+  Tensor labels = host_tensor(size, aoti_torch_dtype_int64()), converged = host_tensor(0, aoti_torch_dtype_bool());
+  int64_t* label = static_cast<int64_t*>(labels.mutable_data_ptr());
+  bool& settled = *static_cast<bool*>(converged.mutable_data_ptr());
+  for (int64_t t = 0; t < size; ++t) label[t] = -1 - t;
+  settled = std::all_of(matrix, matrix + size * size, [](double entry) { return std::isfinite(entry); });
+  if (!settled) return {labels, converged};
+
+  const std::vector<int64_t> known = measured_tasks(matrix, size);
+  const std::vector<double> similarity = proximal_similarity(matrix, size, known, released);
+  std::vector<int64_t> exemplars(known.size());
+  std::vector<double> reordered = similarity;
+  AffinityPropagation problem{int(known.size())};
+  settled = problem.cluster(similarity.data(), preference ? *preference : median(reordered), damping, max_iter,
+                            convergence_iter, exemplars.data());
+  for (size_t i = 0; i < known.size(); ++i) label[known[i]] = exemplars[i] < 0 ? -1 : known[exemplars[i]];
+  return {labels, converged};
+}
+
 }  // namespace
 }  // namespace mtlkernels
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
   m.impl("proximal_affinity_", TORCH_BOX(&mtlkernels::proximal_affinity_op));
   m.impl("affinity_propagation", TORCH_BOX(&mtlkernels::affinity_propagation_op));
+  m.impl("proximal_groups", TORCH_BOX(&mtlkernels::proximal_groups_op));
 }

@@ -38,6 +38,31 @@ inline void proximal_affinity(double* affinity, const double* before, const doub
   }
 }
 
+/// The tasks whose effect on themselves was measured: diagonal entry above rounding of its column of `affinity` [K, K].
+inline std::vector<int64_t> measured_tasks(const double* affinity, int64_t size) {
+  std::vector<int64_t> result;
+  for (int64_t t = 0; t < size; ++t) {
+    double largest = 0.0;
+    for (int64_t s = 0; s < size; ++s) largest = std::fmax(largest, std::fabs(affinity[s * size + t]));
+    if (affinity[t * size + t] > DBL_EPSILON * largest) result.push_back(t);
+  }
+  return result;
+}
+
+/// Similarity [n, n] of n measured `tasks`: columns divided by their diagonal entry (`released`: on and above the diagonal
+/// only), then the mean with the transpose.
+inline std::vector<double> proximal_similarity(const double* affinity, int64_t size, const std::vector<int64_t>& tasks,
+                                               bool released) {
+  const auto scaled = [=](int64_t s, int64_t t) {
+    return released && s > t ? affinity[s * size + t] : affinity[s * size + t] / affinity[t * size + t];
+  };
+  std::vector<double> result;
+  result.reserve(tasks.size() * tasks.size());
+  for (const int64_t s : tasks)
+    for (const int64_t t : tasks) result.push_back((scaled(s, t) + scaled(t, s)) / 2);
+  return result;
+}
+
 /// By how much of the largest similarity the first task is a better exemplar than the last: what decides between equal ones.
 constexpr double kTie = 1e-12;
 

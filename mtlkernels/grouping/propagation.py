@@ -142,17 +142,23 @@ def affinity_propagation(
     """
     if not isinstance(similarity, Tensor) or similarity.dim() < 2 or similarity.shape[-1] != similarity.shape[-2]:
         raise ValueError(f"similarity is {_described(similarity)}; pass a tensor [..., K, K].")
+    options = checked_options(preference, damping, max_iter, convergence_iter)
+    matrix = similarity.detach().double()
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, Tensor] = torch.ops.mtlkernels.affinity_propagation.default(matrix, *options)
+    return result
+
+
+def checked_options(
+    preference: float | None = None, damping: float = 0.5, max_iter: int = 200, convergence_iter: int = 50
+) -> tuple[float | None, float, int, int]:
+    """The options of :func:`affinity_propagation`; a ``ValueError`` for one out of range."""
     if not 0.5 <= damping < 1:
         raise ValueError(f"damping is {damping}; pass a number from 0.5 to below 1.")
     for name, value in (("max_iter", max_iter), ("convergence_iter", convergence_iter)):
         if value < 1:
             raise ValueError(f"{name} is {value}; pass 1 or more.")
-    matrix = similarity.detach().double()
-    with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor] = torch.ops.mtlkernels.affinity_propagation.default(
-            matrix, preference, damping, max_iter, convergence_iter
-        )
-    return result
+    return preference, damping, max_iter, convergence_iter
 
 
 def _described(value: object) -> str:

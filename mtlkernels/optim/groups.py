@@ -10,15 +10,15 @@ from torch import Tensor
 from .. import ops
 from ..distributed import check_single_process
 from ..grouping.common import Groups, check_partition
-from ..proximal import ProximalAffinity, stack_losses
+from ..proximal import ProximalAffinity
 from ..weightings import Weighting
 from .info import GroupsInfo
-from .losses import Losses, loaded_names, order_losses, task_names
+from .losses import Losses, by_task, loaded_names, order_losses, task_names
 from .multitask import MultiTaskOptimizer, Nonfinite
 from .roles import Roles, Task
 from .scaler import enabled_scaler
 from .undo import Snapshot, load_buffers
-from .visits import BatchSnapshot, visit
+from .visits import BatchSnapshot, note_visit
 from .wrapper import WrappedOptimizer, with_step_hooks
 
 Grouping = Callable[[ProximalAffinity, Groups], Sequence[Sequence[int]]]
@@ -211,77 +211,78 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         check_single_process()
         before = self._snapshot() if self.transactional else None
         own = self.tasks, self.groups, self.affinity
-        info = None
+        info = group = None
         try:
-            with visit(0, "before its group was chosen", self.transactional):
-                ordered = self._losses(losses_fn)
+            with torch.enable_grad():
+                tasks, ordered = order_losses(losses_fn(), self.tasks)
+                if self.tasks is None:
+                    self._fix_tasks(tasks)
+                present = _present(ordered)
                 reads = self._regroup()
-            assert self.tasks is not None
-            assert self.affinity is not None
-            present = tuple(k for k, loss in enumerate(ordered) if loss is not None)
-            visits = self._visits(present)
-            info = GroupsInfo(self.tasks, [[self.tasks[k] for k in group] for group in visits], reads)
-            self.affinity.start_batch()
-            for number, group in enumerate(visits):
-                with visit(number, f"of the group {info.groups[number]}", self.transactional):
-                    if number:
-                        ordered = self._losses(losses_fn)
-                        if tuple(k for k, loss in enumerate(ordered) if loss is not None) != present:
+                assert self.affinity is not None
+                params, visits, skipped = self.params, self._visits(present), None
+                info = GroupsInfo(tasks, [[tasks[k] for k in group] for group in visits], reads)
+                self.affinity.start_batch()
+                for group in visits:
+                    if info.completed:
+                        _, ordered = by_task(losses_fn(), tasks)
+                        if _present(ordered) != present:
                             raise ValueError("losses_fn returned other tasks than in the first visit of the batch.")
-                    with torch.no_grad():
-                        values = stack_losses(ordered, self.device)
-                    skipped = self._step_group(ordered, group, scaler, info)
+                    values, nonfinite = self.affinity.update(group, ordered, skipped=skipped)
+                    if self._multi is None:
+                        skipped = self._step_sum(self._weighted(ordered, group), params, nonfinite, scaler, info)
+                    else:
+                        skipped = self._step_multi(self._weighted(ordered, group), group, scaler, info)
                     info.add(values, skipped)
-                    self.affinity.update(group, values, skipped=skipped)
-                    ordered = []  # frees what the graphs of other groups hold, before the next losses
-        except BaseException:
+                    del ordered  # and with it what the graphs of other groups hold, before the next losses
+        except BaseException as error:
+            number = 0 if info is None else info.completed
+            name = "before its group was chosen" if group is None else f"of the group {[tasks[k] for k in group]}"
+            note_visit(error, number, name, self.transactional)
             if before is not None:
                 before.restore()
-            if before is not None or info is None or not info.completed:
+            if before is not None or not number:
                 self.tasks, self.groups, self.affinity = own
             raise
         self.batches += 1
         return info
-
-    def _losses(self, losses_fn: Callable[[], Losses]) -> list[Tensor | None]:
-        with torch.enable_grad():
-            losses = losses_fn()
-        tasks, ordered = order_losses(losses, self.tasks)
-        if self.tasks is None:
-            self._fix_tasks(tasks)
-        return ordered
 
     def _regroup(self) -> int:
         """Forms this batch's groups; returns how many host reads it took."""
         if self.grouping is None or self.batches < self.warmup:
             return 0
         assert self.affinity is not None
-        self.groups = check_partition(self.grouping(self.affinity, self.groups), self.affinity.num_tasks)
+        groups = self.grouping(self.affinity, self.groups)
+        if groups != self.groups:
+            self.groups = check_partition(groups, self.affinity.num_tasks)
         return 1
 
-    def _visits(self, present: tuple[int, ...]) -> Groups:
+    def _visits(self, present: list[int]) -> Groups:
         """The groups to visit in their order, of the tasks that are there."""
         there = set(present)
-        groups = [[k for k in group if k in there] for group in self.groups]
-        groups = [group for group in groups if group]
+        groups = [here for group in self.groups if (here := [k for k in group if k in there])]
         draw = random.Random((self.seed << 32) + self.batches).random  # the same in every version of Python, and on every rank
         keys = [draw() for _ in groups]
         visits = [group for _, group in sorted(zip(keys, groups, strict=True))]
         return visits * 2 if len(visits) == 1 and len(present) > 1 and self.single_group == "twice" else visits
 
-    def _step_group(
-        self, losses: Sequence[Tensor | None], group: list[int], scaler: torch.amp.GradScaler | None, info: GroupsInfo
-    ) -> Tensor:
-        """One visit's backward passes and step; returns whether it was skipped, a bool scalar."""
+    def _weighted(self, losses: Sequence[Tensor | None], group: list[int]) -> list[Tensor]:
+        """w_k L_k of the tasks in the group."""
         assert self.tasks is not None
-        weighted = []
+        result = []
         for k in group:
             loss, weight = losses[k], self.loss_weights.get(self.tasks[k], 1.0)
             assert loss is not None
-            weighted.append(loss if weight == 1 else loss * weight)
-        if self._multi is None:
-            return self._step_sum(weighted, scaler, info)
-        chosen = dict(zip((self.tasks[k] for k in group), weighted, strict=True))
+            result.append(loss if weight == 1 else loss * weight)
+        return result
+
+    def _step_multi(
+        self, losses: list[Tensor], group: list[int], scaler: torch.amp.GradScaler | None, info: GroupsInfo
+    ) -> Tensor:
+        """A step along the weighting's combination; returns whether it was skipped, a bool scalar."""
+        assert self._multi is not None
+        assert self.tasks is not None
+        chosen = {self.tasks[k]: loss for k, loss in zip(group, losses, strict=True)}
         self._multi.tasks = self.tasks
         if scaler is None:
             step = self._multi.step(chosen)
@@ -294,21 +295,22 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         info.steps.append(step)
         return step.skipped
 
-    def _step_sum(self, losses: list[Tensor], scaler: torch.amp.GradScaler | None, info: GroupsInfo) -> Tensor:
-        """A step along the gradient of the sum of the losses."""
-        total = losses[0]
-        for loss in losses[1:]:
-            total = total + loss
-        params = self.params
+    def _step_sum(
+        self,
+        losses: list[Tensor],
+        params: list[Tensor],
+        nonfinite: Tensor,
+        scaler: torch.amp.GradScaler | None,
+        info: GroupsInfo,
+    ) -> Tensor:
+        """A step along the gradient of the sum of the losses; ``nonfinite``: whether one of them is, a bool scalar."""
         before = [None if info.completed else p.grad for p in params]  # held, it would cost the memory of a gradient
         try:
             for param in params:
                 param.grad = None
-            (total if scaler is None else scaler.scale(total)).backward()
-            if scaler is None and self.max_norm is None:
-                skipped = ~(total.detach().abs() < torch.inf).reshape(())
-            else:
-                skipped = self._check_and_clip(params, scaler)
+            torch.autograd.backward(losses if scaler is None else scaler.scale(losses))
+            by_gradient = scaler is not None or self.max_norm is not None
+            skipped = self._check_and_clip(params, scaler) if by_gradient else nonfinite
             if self.on_nonfinite == "raise":
                 info.host_reads += 1
                 if bool(skipped):
@@ -396,3 +398,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         if self._multi is not None:
             load_buffers(self._multi.weighting, own["weighting"], self.device)
         self.batches, self.seed = own["batches"], own["seed"]
+
+
+def _present(losses: Sequence[Tensor | None]) -> list[int]:
+    """The tasks that are there."""
+    return [k for k, loss in enumerate(losses) if loss is not None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..task_losses import stack_losses
 from .roles import Task
 
 
@@ -91,9 +92,7 @@ class PriorityInfo:
     @property
     def losses(self) -> Tensor:
         """float64 [K], each when it was computed, unweighted; NaN for a task that was absent."""
-        example = next(iter(self._losses.values()))
-        absent = torch.full_like(example.reshape(()), torch.nan)
-        return torch.stack([self._losses.get(task, absent).reshape(()).to(example.device).double() for task in self.tasks])
+        return stack_losses([self._losses.get(task) for task in self.tasks])
 
     @property
     def norms(self) -> Tensor:

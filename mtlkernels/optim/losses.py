@@ -45,12 +45,23 @@ def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[
     Raises:
         ValueError: unknown tasks, a wrong number of losses, no loss at all, or a loss that is not a differentiable scalar.
     """
+    tasks, ordered = by_task(losses, tasks)
+    if all(loss is None for loss in ordered):
+        raise ValueError("losses has no loss; pass the loss of at least one task.")
+    for task, loss in zip(tasks, ordered, strict=True):
+        if loss is not None:
+            check_loss(loss, "losses[{!r}]", task)
+    return tasks, ordered
+
+
+def by_task(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[Task, ...], list[Tensor | None]]:
+    """What :func:`order_losses` gives, without a look at the losses themselves."""
     if isinstance(losses, Mapping):
         tasks = tasks or tuple(losses)
-        unknown = [task for task in losses if task not in tasks]
-        if unknown:
+        if losses.keys() - tasks:
+            unknown = next(task for task in losses if task not in tasks)
             raise ValueError(
-                f"losses has the unknown task {unknown[0]!r}; the tasks are {', '.join(map(repr, tasks))}. Pass "
+                f"losses has the unknown task {unknown!r}; the tasks are {', '.join(map(repr, tasks))}. Pass "
                 "tasks=[...] at construction where the first batch may lack a task."
             )
         ordered = [losses.get(task) for task in tasks]
@@ -61,11 +72,6 @@ def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[
             raise ValueError(f"losses lists {len(ordered)} tasks instead of {len(tasks)}; pass None for an absent one.")
     else:
         raise ValueError(f"losses is a {type(losses).__name__}; pass {{task: loss}}, or a list of one loss per task.")
-    if all(loss is None for loss in ordered):
-        raise ValueError("losses has no loss; pass the loss of at least one task.")
-    for task, loss in zip(tasks, ordered, strict=True):
-        if loss is not None:
-            check_loss(loss, f"losses[{task!r}]")
     return tasks, ordered
 
 
@@ -95,8 +101,11 @@ def order_closures(
     return tasks, ordered
 
 
-def check_loss(loss: Tensor, name: str) -> None:
-    """Raises a ``ValueError`` that calls the loss ``name`` unless it is a scalar that can be differentiated."""
+def check_loss(loss: Tensor, what: str, task: Task) -> None:
+    """Raises a ``ValueError`` that calls the loss ``what`` of the task unless it is a scalar that can be differentiated."""
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1 and loss.is_floating_point():
+        return
+    name = what.format(task)
     if not isinstance(loss, Tensor):
         raise ValueError(f"{name} is a {type(loss).__name__}; pass the loss tensor itself, without .item() or float().")
     if loss.numel() != 1:

@@ -335,7 +335,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             return None, [None] * len(params)
         with torch.enable_grad(), current_task(task), recorded_calls() as calls:
             loss = run()
-            check_loss(loss, f"the loss of task {task!r}")
+            check_loss(loss, "the loss of task {!r}", task)
             weight = self.loss_weights.get(task, 1.0)
             scaled = loss if weight == 1.0 else loss * weight
             if scaler is not None:

@@ -17,10 +17,15 @@ def visit(number: int, name: str, undone: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        state = f"the {number} before it are {'undone' if undone else 'complete'}" if number else "nothing was stepped"
-        note = f"raised in visit {number + 1} of the batch, {name}; {state}."
-        error.__notes__ = [*getattr(error, "__notes__", []), note]  # what add_note does, from Python 3.11 on
+        note_visit(error, number, name, undone)
         raise
+
+
+def note_visit(error: BaseException, number: int, name: str, undone: bool) -> None:
+    """Adds that note."""
+    state = f"the {number} before it are {'undone' if undone else 'complete'}" if number else "nothing was stepped"
+    note = f"raised in visit {number + 1} of the batch, {name}; {state}."
+    error.__notes__ = [*getattr(error, "__notes__", []), note]  # what add_note does, from Python 3.11 on
 
 
 class BatchSnapshot:

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..task_losses import stack_losses
+
 Step = TypeVar("Step", bound=Callable[..., Any])
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
@@ -134,8 +136,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def _loss_values(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """float64 [K], NaN for an absent task, and which are present, bool [K]; without a copy that the host waits for."""
-        absent = torch.full((), torch.nan, device=self.device)
-        values = torch.stack([absent if loss is None else loss.reshape(()).to(self.device) for loss in losses]).double()
+        values = stack_losses(losses, self.device)
         present = torch.ones(len(losses), dtype=torch.bool, device=self.device)
         for k, loss in enumerate(losses):
             if loss is None:
@@ -155,16 +156,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """
         inner: Any = self.optimizer
         before = getattr(inner, "found_inf", None)
-        flags = [flag.float() for flag in (skip, before) if flag is not None]
-        if not flags:
+        flag = before if skip is None else skip if before is None else torch.maximum(skip.float(), before)
+        if flag is None:
             inner.step()
             return 0
-        flag = torch.stack(flags).amax() if len(flags) > 1 else flags[0]
         if not self._takes_found_inf():
             if not bool(flag):
                 inner.step()
             return 1
-        inner.found_inf = flag
+        inner.found_inf = flag.float()
         try:
             inner.step()
         finally:
