@@ -12,7 +12,14 @@ from sklearn.exceptions import ConvergenceWarning
 
 from mtlkernels import grouping
 from mtlkernels._library import REFERENCES
-from mtlkernels.grouping import affinity_propagation, principled_groups, select_networks, task_order, threshold_groups
+from mtlkernels.grouping import (
+    affinity_propagation,
+    principled_groups,
+    select_networks,
+    task_order,
+    threshold_groups,
+    transfer_gains,
+)
 from mtlkernels.grouping.order import _two_opt, path_cost
 
 
@@ -233,6 +240,46 @@ def test_the_local_search_comes_close_and_recovers_blocks():
     assert found.groups == [list(range(8 * g, 8 * g + 8)) for g in range(5)]
     assert 0 <= found.gap < 0.6
     assert principled_groups(gains.tolist(), 5) == found
+
+
+RATE, TARGETS = 0.1, (1.0, 1.5, -1.0, -2.0, 0.25)
+"""Tasks L_k(x) = (x - c_k)^2 / 2, trained from x = 0."""
+
+
+def train_toy(tasks: tuple[int, ...]) -> list[torch.Tensor]:
+    """One step of gradient descent along the sum of the tasks' losses."""
+    x = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    loss_of = {k: lambda k=k: (x - TARGETS[k]).square() / 2 for k in tasks}
+    optimizer = torch.optim.SGD([x], RATE)
+    sum(loss_of[k]() for k in tasks).backward()
+    optimizer.step()
+    return [loss_of[k]().detach() for k in tasks]
+
+
+def test_transfer_gains_of_quadratic_tasks_in_closed_form():
+    """x = r sum_t c_t after the step, so that L_k({i, k}) / L_k({k}) = ((c_k - r (c_i + c_k)) / (c_k - r c_k))^2."""
+    calls = []
+
+    def train(tasks):
+        calls.append(tasks)
+        return train_toy(tasks)
+
+    gains = transfer_gains(train, len(TARGETS))
+    c = np.array(TARGETS)
+    expected = 1 - ((c[None, :] - RATE * (c[:, None] + c[None, :])) / (c[None, :] * (1 - RATE))) ** 2
+    np.testing.assert_allclose(gains, expected, rtol=0, atol=1e-14)  # the ratios are below 5, a few roundings each
+    assert (np.sign(gains.numpy()) == np.sign(c[:, None] * c[None, :])).all()  # tasks on one side help each other
+    sets = [(k,) for k in range(5)] + [(i, k) for i in range(5) for k in range(i, 5)]
+    assert sorted(calls) == sorted(sets)
+    assert principled_groups(gains, 2).groups == [[0, 1, 4], [2, 3]]
+
+
+def test_transfer_gains_refuse_bad_arguments():
+    with pytest.raises(ValueError, match="num_tasks is 0"):
+        transfer_gains(train_toy, 0)
+    for losses in ([], [1.0, 2.0], [0.0], [-1.0], [torch.tensor(torch.nan)], [torch.inf]):
+        with pytest.raises(ValueError, match=r"train\(\(0,\)\) returned .*; return a positive finite loss"):
+            transfer_gains(lambda tasks, losses=losses: losses, 2)
 
 
 def test_principled_groups_refuse_bad_arguments():

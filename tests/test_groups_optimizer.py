@@ -79,6 +79,21 @@ def test_m_groups_cost_m_forwards_and_m_backwards(groups):
         assert info.host_reads == (batch >= 2) + len(info.groups)  # the matrix, and each step's flag
 
 
+@pytest.mark.parametrize("weighting", [None, "sum"])
+def test_group_norm_divides_by_the_tasks_that_are_there(weighting):
+    model, plain = Net(), Net()
+    options = {} if weighting is None else {"weighting": weighting, "shared": model.encoder.parameters()}
+    options |= {"tasks": TASKS, "groups": [["a", "b", "c"]], "grouping": None, "single_group": "once"}
+    optimizer, inner = make(model, group_norm=True, loss_weights={"a": 3.0}, **options), sgd(plain)
+    for there in (["a", "b", "c"], ["a", "c"], ["b"]):
+        optimizer.step(lambda there=there: {task: loss for task, loss in positive(model).items() if task in there})
+        losses = positive(plain)
+        inner.zero_grad()
+        (sum((3.0 if task == "a" else 1.0) * losses[task] for task in there) / len(there)).backward()
+        inner.step()
+    assert_near(values_of(model), values_of(plain))
+
+
 def test_heads_of_other_groups_stay_as_they_are():
     """Also under Adam, whose momentum and weight decay would move a head with a gradient of zeros."""
     model = Net()

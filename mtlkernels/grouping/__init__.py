@@ -5,6 +5,7 @@ their first task.
 """
 
 from .common import Groups, Selection
+from .gains import transfer_gains
 from .order import task_order
 from .program import principled_groups
 from .propagation import affinity_propagation
@@ -19,4 +20,5 @@ __all__ = [
     "select_networks",
     "task_order",
     "threshold_groups",
+    "transfer_gains",
 ]

@@ -26,7 +26,8 @@ def principled_groups(
     local search that adds, removes and exchanges tasks from several starts, whose ``gap`` to a bound the result states.
 
     Args:
-        gains: [K, K], S_ik is what task k gains from training with task i; the diagonal counts, too.
+        gains: [K, K], S_ik is what task k gains from training with task i, as :func:`transfer_gains` measures it; the diagonal
+            counts, too.
         num_groups: how many groups.
         exact: None: up to 12 tasks.
         seed: of the local search's starts; equal seeds give equal groups.

@@ -44,6 +44,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             pass. A :class:`Weighting` or its name: one backward pass for each task of the group, as of
             :class:`MultiTaskOptimizer` with the other tasks absent.
         loss_weights: {task: number}, w_k of L_k in the steps; 1 for a task that is not named. Affinities are of L_k itself.
+        group_norm: divide w_k by the number of tasks in the group, so that a step does not grow with it (as the released code's
+            option of that name).
         shared, heads: as of :class:`MultiTaskOptimizer`; without a weighting and a ``head_lr_factor`` neither is needed.
         head_lr_factor: the heads' learning rate, as a multiple of their group's (the number of tasks, in the released code).
             Splits the optimizer's parameter groups at construction, where ``heads`` name them; make schedulers afterwards.
@@ -79,6 +81,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         weighting: str | Weighting | None = None,
         *,
         loss_weights: Mapping[Any, float] | None = None,
+        group_norm: bool = False,
         shared: Iterable[Tensor] | None = None,
         heads: Mapping[Any, Iterable[Tensor]] | None = None,
         head_lr_factor: float = 1.0,
@@ -129,7 +132,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             self._split_heads(head_lr_factor)
         self.tasks = None
         self.affinity, self.groups = affinity, []
-        self.loss_weights = dict(loss_weights or {})
+        self.loss_weights, self.group_norm = dict(loss_weights or {}), group_norm
         self.warmup, self.grouping, self.single_group, self.seed = warmup, grouping, single_group, seed
         self.max_norm, self.on_nonfinite, self.transactional, self.module = max_norm, on_nonfinite, transactional, module
         self.batches = 0
@@ -269,9 +272,10 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
     def _weighted(self, losses: Sequence[Tensor | None], group: list[int]) -> list[Tensor]:
         """w_k L_k of the tasks in the group."""
         assert self.tasks is not None
+        share = 1 / len(group) if self.group_norm else 1.0
         result = []
         for k in group:
-            loss, weight = losses[k], self.loss_weights.get(self.tasks[k], 1.0)
+            loss, weight = losses[k], share * self.loss_weights.get(self.tasks[k], 1.0)
             assert loss is not None
             result.append(loss if weight == 1 else loss * weight)
         return result
