@@ -228,6 +228,29 @@ def test_planted_groups_are_found_whatever_the_scale_of_the_losses():
     assert with_matrix(planted((3, 4, 2))).groups() == [[0, 1, 2], [3, 4, 5, 6], [7, 8]]
 
 
+@pytest.mark.parametrize("normalize", ["column", "released"])
+def test_groups_are_those_of_the_similarity(backend, normalize):
+    """Matrices of noise, of blocks, and with tasks that have no effect on themselves."""
+    differ = 0
+    for seed in range(30):
+        matrix = planted((4, 3, 4), inside=0.8 - 0.5 * (seed % 3 == 0), noise=0.3, seed=seed)
+        matrix[seed % 11, seed % 11] *= -1 if seed % 2 else 1
+        affinity = with_matrix(matrix, normalize=normalize)
+        known = (matrix.diagonal() > 0).nonzero()[:, 0]
+        labels, converged = mtl.grouping.affinity_propagation(affinity.similarity[known][:, known])
+        expected = dict(zip(known.tolist(), labels.tolist(), strict=True))
+        groups = affinity.groups(previous=[[99]])
+        if not converged:
+            assert groups == [[99]]
+            continue
+        assert sorted(task for group in groups for task in group) == list(range(11))
+        for group in groups:
+            assert len({expected.get(task, -1 - task) for task in group}) == 1
+        assert len(groups) == len(set(labels.tolist())) + 11 - len(known)
+        differ += groups != with_matrix(matrix, normalize="column").groups()
+    assert (differ > 0) == (normalize == "released")
+
+
 def test_one_task_is_one_group():
     assert with_matrix([[0.0]]).groups() == [[0]]
     assert with_matrix([[0.3]]).groups() == [[0]]
