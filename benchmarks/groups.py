@@ -29,7 +29,7 @@ from groups import BATCH, DECAY, LEARNING_RATE, WIDTH, Net, loss_of  # the scrip
 SIZES = ((WIDTH, BATCH), (256, 256), (512, 512), (1024, 1024))
 """Width of the trunk's two layers and rows of a batch; first those of the example."""
 GROUPS = [[0, 1, 2], [3, 4, 5, 6], [7, 8], [9, 10, 11], [12, 13]]
-SECONDS = 12.0
+SECONDS = 20.0
 """Of each size."""
 WARM_UP = 5
 

@@ -94,9 +94,11 @@ def test_rand_index_is_scikit_learns():
 
 
 def test_the_code_of_the_page_runs(capsys):
-    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/groups.md").read_text(), re.MULTILINE | re.DOTALL)
-    exec(compile(block, "docs/groups.md", "exec"), {})
-    assert "tensor" in capsys.readouterr().out
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/groups.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    for block, expected in zip(blocks, ("tensor", "[[0, 1], [2, 3]]"), strict=True):
+        exec(compile(block, "docs/groups.md", "exec"), names)
+        assert expected in capsys.readouterr().out
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------------

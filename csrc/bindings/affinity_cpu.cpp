@@ -27,11 +27,11 @@ double scalar(const Tensor& tensor, int64_t task) {
   }
 }
 
-/// A vector, or a scalar where `size` is 0. Not through the dispatcher, which costs more than the rest of an op here.
-Tensor host_tensor(int64_t size, int32_t dtype) {
+/// A vector (`dim` 1) or a scalar (`dim` 0) on the host, allocated past the dispatcher.
+Tensor host_tensor(int64_t dim, int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  check_torch(aoti_torch_empty_strided(size > 0, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  check_torch(aoti_torch_empty_strided(dim, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> proximal_affinity_op(Tensor affinity, Tensor previous
     require(std::all_of(tasks->begin(), tasks->end(), [=](int64_t task) { return task >= 0 && task < size; }),
             "credited and group must hold task indices from 0 to K - 1");
   }
-  Tensor values = host_tensor(size, aoti_torch_dtype_float64()), nonfinite = host_tensor(0, aoti_torch_dtype_bool());
+  Tensor values = host_tensor(1, size, aoti_torch_dtype_float64()), nonfinite = host_tensor(0, 0, aoti_torch_dtype_bool());
   double* after = static_cast<double*>(values.mutable_data_ptr());
   double* before = static_cast<double*>(previous.mutable_data_ptr());
   for (int64_t k = 0; k < size; ++k) after[k] = losses[k] ? scalar(*losses[k], k) : NAN;
@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> proximal_groups_op(const Tensor& affinity, bool relea
   const Tensor dense = torch::stable::contiguous(affinity);
   const int64_t size = affinity.size(0);
   const double* matrix = doubles(dense);
-  Tensor labels = host_tensor(size, aoti_torch_dtype_int64()), converged = host_tensor(0, aoti_torch_dtype_bool());
+  Tensor labels = host_tensor(1, size, aoti_torch_dtype_int64()), converged = host_tensor(0, 0, aoti_torch_dtype_bool());
   int64_t* label = static_cast<int64_t*>(labels.mutable_data_ptr());
   bool& settled = *static_cast<bool*>(converged.mutable_data_ptr());
   for (int64_t t = 0; t < size; ++t) label[t] = -1 - t;

@@ -204,7 +204,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             RuntimeError: ``on_nonfinite="raise"`` and a visit's gradient is not finite.
             Whatever is raised, by ``losses_fn`` too, a note on the exception tells the visit. That visit changed nothing
             (except for what an exception of the inner optimizer's step leaves, and ``.grad``, which is None when a visit after
-            the first fails in its backward pass), those before it stay, or none with ``transactional``.
+            the first fails in its backward pass), those before it stay, with what the affinity has measured of them, or none
+            with ``transactional``.
         """
         if not callable(losses_fn):
             raise ValueError(
