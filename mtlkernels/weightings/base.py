@@ -13,6 +13,11 @@ class Weighting(torch.nn.Module):
     Subclasses implement :meth:`weights`. State lives in buffers, keyed by task index, so that it saves, loads and resumes.
     """
 
+    loss_only: bool = False
+    """Whether losses alone give the weights: one backward pass of the weighted losses, heads included, is the update."""
+    layer: tuple[Tensor, ...] = ()
+    """Parameters of which a loss-only method reads the Gram; empty where it reads none."""
+
     def forward(
         self, gram: Tensor, *, active: Tensor | None = None, losses: Tensor | None = None, seed: Tensor | None = None
     ) -> Tensor:
