@@ -35,12 +35,15 @@ def loaded_names(saved: Sequence[Task] | None, current: tuple[Task, ...] | None,
     return names
 
 
-def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[Task, ...], list[Tensor | None]]:
+def order_losses(
+    losses: Losses, tasks: tuple[Task, ...] | None, detached: bool = False
+) -> tuple[tuple[Task, ...], list[Tensor | None]]:
     """The K task names and the K losses in their order, None for an absent task.
 
     Args:
         losses: as the optimizer takes them.
         tasks: the names, or None where these losses fix them: the keys of a dict, the indices of a sequence.
+        detached: whether losses without a graph will do.
 
     Raises:
         ValueError: unknown tasks, a wrong number of losses, no loss at all, or a loss that is not a differentiable scalar.
@@ -65,7 +68,7 @@ def order_losses(losses: Losses, tasks: tuple[Task, ...] | None) -> tuple[tuple[
         raise ValueError("losses has no loss; pass the loss of at least one task.")
     for task, loss in zip(tasks, ordered, strict=True):
         if loss is not None:
-            check_loss(loss, f"losses[{task!r}]")
+            check_loss(loss, f"losses[{task!r}]", detached)
     return tasks, ordered
 
 
@@ -95,13 +98,13 @@ def order_closures(
     return tasks, ordered
 
 
-def check_loss(loss: Tensor, name: str) -> None:
-    """Raises a ``ValueError`` that calls the loss ``name`` unless it is a scalar that can be differentiated."""
+def check_loss(loss: Tensor, name: str, detached: bool = False) -> None:
+    """Raises a ``ValueError`` that calls the loss ``name`` unless it is a scalar with a graph, or ``detached``."""
     if not isinstance(loss, Tensor):
         raise ValueError(f"{name} is a {type(loss).__name__}; pass the loss tensor itself, without .item() or float().")
     if loss.numel() != 1:
         raise ValueError(f"{name} has shape {tuple(loss.shape)}; pass a scalar, for example {name}.mean().")
     if not loss.dtype.is_floating_point:
         raise ValueError(f"{name} is {loss.dtype}; pass a real floating-point loss.")
-    if not loss.requires_grad:
+    if not (loss.requires_grad or detached):
         raise ValueError(f"{name} does not require grad; compute it with grad enabled, from parameters that require grad.")

@@ -45,6 +45,13 @@ class CRMOGM(StatefulWeighting):
         return self.weighting.layer
 
     @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.weighting.observes
+
+    def observe(self, losses: Tensor) -> None:
+        self.weighting.observe(losses)
+
+    @property
     def alpha(self) -> float:
         return self._alpha
 

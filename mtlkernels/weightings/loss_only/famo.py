@@ -28,6 +28,7 @@ class FAMO(LearnedWeighting):
 
     bound: Tensor
     before: Tensor
+    observes = True
     LEAST = 1e-8
 
     def __init__(self, lr: float = 0.025, weight_decay: float = 1e-3, lower_bound: float | Tensor = 0.0) -> None:
