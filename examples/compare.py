@@ -220,10 +220,10 @@ def report(tables: dict[str, list[list[str]]], options: argparse.Namespace) -> s
     text = (
         f"Written by `python examples/compare.py{options.changed}`: {options.seeds} seeds of {options.steps} batches of "
         f"{BATCH} rows, Adam at {LEARNING_RATE}, mean ± standard deviation. Every seed has its own split, initial weights and "
-        "batches, the same for all methods; no method was tuned. Delta m: mean relative change of the error against single task, lower "
-        "is better. Conflicts: pairs of tasks with a negative cosine on the trunk. Step: CPU time of one thread over that of "
-        "`mean`, which takes K backward passes as every weighting of gradients does here; loss-only methods take one. Left "
-        f"out: {left_out}."
+        "batches, the same for all methods; no method was tuned. Delta m: mean relative change of the error against single "
+        "task, lower is better. Conflicts: pairs of tasks with a negative cosine on the trunk. Step: CPU time of one thread "
+        "over that of `mean`, which takes K backward passes as every weighting of gradients does here; loss-only methods take "
+        f"one. Left out: {left_out}."
     )
     parts = ["# All methods on two problems", text]
     for title, (header, *rows) in tables.items():
