@@ -20,6 +20,7 @@ from .optim import (
 )
 from .priority import connection_strength, priority_combine
 from .proximal import ProximalAffinity
+from .regularizers import block_diagonal_penalty
 from .weightings import *  # noqa: F403  the classes that weightings.__all__ lists
 from .weightings import get_weighting
 
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "affinity",
     "aggregate",
+    "block_diagonal_penalty",
     "combine",
     "condition_number",
     "conflict_rate",

@@ -18,7 +18,9 @@ SOURCES = get_args(Source)
 Rows = list[list[Tensor | None]]
 
 
-def task_gradients(losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Tensor]], source: Source) -> Rows:
+def task_gradients(
+    losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Tensor]], source: Source, retain: bool = False
+) -> Rows:
     """Gradients of each task's loss with respect to that task's own inputs. ``.grad`` of the inputs is left as it was.
 
     Args:
@@ -26,6 +28,7 @@ def task_gradients(losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Te
         inputs: K lists of leaf tensors that require grad. Tensors may be in several lists, once in each.
         source: how to get them. Under ``"backward"`` leaves that are nobody's input accumulate into ``.grad``, as they do
             for ``sum(losses).backward()``; under ``"autograd"`` they are left alone.
+        retain: whether the graph is kept after the last task.
 
     Returns:
         K lists aligned with ``inputs``; None where the graph of the loss does not reach the tensor, and for absent tasks.
@@ -38,15 +41,15 @@ def task_gradients(losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Te
     if source == "autograd":
         for k in present:
             if inputs[k]:
-                retain = k != present[-1]
-                result[k] = list(torch.autograd.grad(losses[k], inputs[k], retain_graph=retain, allow_unused=True))  # type: ignore[arg-type]
+                keep = retain or k != present[-1]
+                result[k] = list(torch.autograd.grad(losses[k], inputs[k], retain_graph=keep, allow_unused=True))  # type: ignore[arg-type]
         return result
     every = list({id(t): t for tensors in inputs for t in tensors}.values())
     before = [t.grad for t in every]
     try:
         for k in present:
             _clear(every)
-            losses[k].backward(retain_graph=k != present[-1])  # type: ignore[union-attr]
+            losses[k].backward(retain_graph=retain or k != present[-1])  # type: ignore[union-attr]
             result[k] = [t.grad for t in inputs[k]]
     finally:
         for tensor, grad in zip(every, before, strict=True):

@@ -91,6 +91,8 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         ValueError: an argument that does not fit; the message names it and the fix.
     """
 
+    _takes_loss_only = False
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

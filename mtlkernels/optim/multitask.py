@@ -28,7 +28,7 @@ from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
-from .losses import Losses, loaded_names, order_losses, task_names
+from .losses import Losses, by_task, loaded_names, order_losses, task_names
 from .roles import Roles, Task
 from .scaler import enabled_scaler
 from .skip import SkipFlag
@@ -49,7 +49,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     Args:
         optimizer: the torch optimizer that applies the update; ``.optimizer`` afterwards.
-        weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device.
+        weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device. With one
+            that is ``loss_only`` a step takes one backward pass, of the weighted losses: heads get their task's weight, too,
+            ``shared`` and ``heads`` make no difference, and neither ``per`` nor ``update_every`` nor ``"drop_task"`` applies.
         shared: the shared parameters. None with ``heads``: every parameter of the optimizer that is not in them. None without:
             what two or more tasks reach in the first ``backward``, which must have every task; the others belong to the task
             that reaches them. With one task in all, everything is shared. Parameters that are added or unfrozen later are told
@@ -77,6 +79,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
     Raises:
         ValueError: an argument that does not fit; the message names it and the fix.
     """
+
+    _takes_loss_only = True
+    """Whether a loss-only weighting makes a step one backward pass; otherwise it weighs gradients as any other."""
 
     def __init__(
         self,
@@ -113,6 +118,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
+        self._one_pass = self._takes_loss_only and weighting.loss_only
+        if self._one_pass:
+            _check_loss_only(weighting, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
         params = self.params
         check_single_process(params, process_group, mesh)
         self._roles = Roles(params, shared, heads, groups)
@@ -169,8 +177,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
         """One optimization step.
 
         Args:
-            losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them. None: steps
-                from ``.grad`` as :meth:`backward` or the caller left it.
+            losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them, which a
+                weighting that ``observes`` runs again after the step. None: steps from ``.grad`` as :meth:`backward` or the
+                caller left it.
             closure: the closure under the name that callers of torch optimizers use.
 
         Returns:
@@ -191,11 +200,15 @@ class MultiTaskOptimizer(WrappedOptimizer):
             self._forget()
             return None
         if callable(losses):
+            closure = losses
             losses = cast(Losses, self._evaluated(losses))
         with self._undone_on_error() as before:
             info = self._backward(losses, None, accumulate=False, kept=before)
             info.host_reads += self._step_inner(self._skip.on_device())
         self._forget()
+        if closure is not None and self.weighting.observes:
+            with torch.no_grad():
+                self.weighting.observe(self._loss_values(by_task(closure(), info.tasks)[1])[0])
         return info
 
     def _evaluated(self, closure: Callable[[], Losses]) -> Any:
@@ -221,6 +234,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
         tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        if self._one_pass:
+            return self._backward_of_losses(tasks, ordered, scaled, scale, accumulate, kept)
         roles = self._roles
         shared = roles.shared
         own, own_of_task = roles.own(tasks)
@@ -244,6 +259,47 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
         return info
 
+    def _backward_of_losses(
+        self,
+        tasks: tuple[Task, ...],
+        ordered: list[Tensor | None],
+        scaled: list[Tensor | None],
+        scale: Tensor | None,
+        accumulate: bool,
+        kept: Snapshot,
+    ) -> StepInfo:
+        """As :meth:`_backward`, for weights from the losses: one row of gradients, of all parameters."""
+        params = [p for p in self.params if p.requires_grad]
+        layer = list(self.weighting.layer)
+        layer_rows = task_gradients(scaled, [layer] * len(tasks), self.gradients, retain=True) if layer else []
+        with torch.no_grad():
+            values, present = self._loss_values(ordered)
+            square = torch.ones_like(values) if scale is None else scale.double().square()
+            gram = (
+                self._gram(Problems("model", layer), layer_rows, layer, tasks) / square
+                if layer
+                else values.new_zeros(2 * values.shape)
+            )
+            missing = any(loss is None for loss in ordered)
+            weights = self.weighting(gram, active=present if missing else None, losses=torch.where(present, values, 0.0))
+        row, _ = weighted_gradients(scaled, weights, params, [[] for _ in tasks], self.gradients)
+        with torch.no_grad():
+            problems = Problems("model", params)
+            norm, _ = self._squares(tasks, problems, [row], [], [], scale)
+            usable = norm[0, 0] < torch.inf
+            ones = torch.ones_like(norm[0])
+            update = UpdateNorm(norm, ones, None, ones)
+            info = StepInfo(tasks, values, None, weights, present, update)
+            applied, _ = self._checked(info, update, (ones, ones), values.isfinite() | ~present, usable)
+            if self.on_nonfinite != "raise":
+                kept.restore_buffers_unless(usable)
+            buffers = update_buffers([row], params)
+            problems.combine([row], applied, buffers)
+            self._fill(params, buffers, accumulate)
+        self.tasks = tasks
+        self._note(info, _first_written(params, buffers), decided=scale is not None or self.on_nonfinite == "raise")
+        return info
+
     def _begin(
         self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
     ) -> tuple[tuple[Task, ...], list[Tensor | None], list[Tensor | None], Tensor | None]:
@@ -260,12 +316,13 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if roles is not self._roles:
             check_single_process(params)
         by_reach = any(p.requires_grad for p in roles.found)
-        check_graph(ordered, self.gradients, by_reach, undecided=len(tasks) > 1 and bool(roles.pending()))
+        decides = not self._one_pass
+        check_graph(ordered, self.gradients, by_reach and decides, decides and len(tasks) > 1 and bool(roles.pending()))
         if self.gradients == "autograd":
             check_hooks(params, self.name_of)
         if accumulate:
             check_grads(params, self.name_of)
-        self._roles = roles = roles.decided(ordered)
+        self._roles = roles.decided(ordered) if decides else roles
         scale = None
         scaled = ordered
         enabled = enabled_scaler(scaler, self.on_nonfinite)
@@ -481,6 +538,15 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if names is not None:
             self._check_heads(names)
         self.tasks = names
+
+
+def _check_loss_only(weighting: Weighting, options: Mapping[str, object]) -> None:
+    for name, fits in (("per", ("model",)), ("update_every", (1,)), ("on_nonfinite", ("skip", "raise"))):
+        if options[name] not in fits:
+            raise ValueError(
+                f"{name} is {options[name]!r}, but {type(weighting).__name__} takes one backward pass of the weighted losses, "
+                f"which has no gradients of tasks; pass {name}={fits[0]!r}, or a weighting of gradients."
+            )
 
 
 def _first_written(params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Tensor | None:

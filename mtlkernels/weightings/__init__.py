@@ -15,6 +15,23 @@ from .fairgrad import FairGrad
 from .gradvac import GradVac
 from .imtl_g import IMTLG
 from .krum import Krum
+from .loss_only import (
+    BMTL,
+    COSMOS,
+    DWA,
+    EMTL,
+    FAMO,
+    GLS,
+    IMTLL,
+    LOSS_ONLY,
+    PBI,
+    SLAW,
+    STCH,
+    GO4Align,
+    GradNorm,
+    LossWeighting,
+    UncertaintyWeighting,
+)
 from .mean import Mean
 from .mgda import MGDA
 from .nash_mtl import NashMTL
@@ -50,23 +67,24 @@ REGISTRY: dict[str, type[Weighting]] = {
     "sum": Sum,
     "upgrad": UPGrad,
 }
-"""Registry string -> class."""
+"""Registry string -> class that needs a Gram; ``LOSS_ONLY`` has those that need none."""
 
 
 def get_weighting(name: str, **options: Any) -> Weighting:
     """A weighting by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
 
     Args:
-        name: one of ``REGISTRY``.
+        name: one of ``REGISTRY`` or ``LOSS_ONLY``.
         **options: the class's arguments.
 
     Raises:
         ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(REGISTRY))}, or pass a Weighting.")
+    known = {**REGISTRY, **LOSS_ONLY}
+    if name not in known:
+        raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(known))}, or pass a Weighting.")
     try:
-        return REGISTRY[name](**options)
+        return known[name](**options)
     except TypeError as error:
         raise ValueError(f"weighting {name!r} does not take {options or 'no options'}: {error}.") from error
 
@@ -85,12 +103,22 @@ def as_weighting(weighting: str | Weighting) -> Weighting:
 
 
 __all__ = [
+    "BMTL",
+    "COSMOS",
     "CRMOGM",
+    "DWA",
+    "EMTL",
+    "FAMO",
+    "GLS",
     "IMTLG",
+    "IMTLL",
     "MGDA",
+    "PBI",
     "PCD",
     "RGW",
     "RLW",
+    "SLAW",
+    "STCH",
     "AlignedMTL",
     "AvgNorm",
     "CAGrad",
@@ -99,13 +127,17 @@ __all__ = [
     "Constant",
     "DualProj",
     "FairGrad",
+    "GO4Align",
+    "GradNorm",
     "GradVac",
     "Krum",
+    "LossWeighting",
     "Mean",
     "NGDiff",
     "NashMTL",
     "PCGrad",
     "Sum",
     "UPGrad",
+    "UncertaintyWeighting",
     "Weighting",
 ]

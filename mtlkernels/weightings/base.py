@@ -13,6 +13,13 @@ class Weighting(torch.nn.Module):
     Subclasses implement :meth:`weights`. State lives in buffers, keyed by task index, so that it saves, loads and resumes.
     """
 
+    loss_only: bool = False
+    """Whether losses alone give the weights: one backward pass of the weighted losses, heads included, is the update."""
+    layer: tuple[Tensor, ...] = ()
+    """Parameters of which a loss-only method reads the Gram; empty where it reads none."""
+    observes: bool = False
+    """Whether :meth:`observe` learns from the losses of the last call's batch after the step."""
+
     def forward(
         self, gram: Tensor, *, active: Tensor | None = None, losses: Tensor | None = None, seed: Tensor | None = None
     ) -> Tensor:
@@ -48,6 +55,9 @@ class Weighting(torch.nn.Module):
         active = _check_active(active, gram)
         gram = torch.where(active.unsqueeze(-1) & active.unsqueeze(-2), gram, 0.0)
         return torch.where(active, self._checked(self.weights(gram, active, losses, seed), gram), 0.0)
+
+    def observe(self, losses: Tensor) -> None:
+        """Takes the losses [K] of the last call's batch at the new parameters; NaN where a task is absent."""
 
     def _checked(self, weights: Tensor, gram: Tensor) -> Tensor:
         name, shape = type(self).__name__, tuple(gram.shape[:-1])

@@ -37,6 +37,21 @@ class CRMOGM(StatefulWeighting):
         self.add_state("average", torch.nan if initial_weights is None else initial_weights)  # NaN: no weight yet
 
     @property
+    def loss_only(self) -> bool:  # type: ignore[override]
+        return self.weighting.loss_only
+
+    @property
+    def layer(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.weighting.layer
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.weighting.observes
+
+    def observe(self, losses: Tensor) -> None:
+        self.weighting.observe(losses)
+
+    @property
     def alpha(self) -> float:
         return self._alpha
 

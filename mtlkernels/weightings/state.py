@@ -1,5 +1,7 @@
 """State that weightings keep from call to call."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ class StatefulWeighting(Weighting):
     fresh object.
     """
 
+    _initial: Mapping[str, Tensor] = MappingProxyType({})
+
     def add_state(self, name: str, initial: float | Tensor) -> None:
         """Registers a state; a tensor has its shape from the start."""
         self.register_buffer(name, torch.as_tensor(initial, dtype=torch.float64).detach().clone())
-        self._initial = {**getattr(self, "_initial", {}), name: getattr(self, name).clone()}
+        self._initial = {**self._initial, name: getattr(self, name).clone()}
 
     def read_state(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
         """A state in its shape, a view; that of one problem serves every problem of a batch.
