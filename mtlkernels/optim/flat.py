@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import check_single_process
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
 from ..weightings import Weighting
@@ -156,6 +157,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             process_group=process_group,
             mesh=mesh,
         )
+        check_single_process(self.params, process_group, mesh)
         self.weightings = FlatWeightings(aggregation, self.weighting, flat_weighting, pair_weighting).to(self.device)
         self.aggregation, self.perturbation, self.adaptive, self.joint = aggregation, perturbation, adaptive, joint
         self.rho, self.head_rho, self.beta, self.probe, self.module = rho, head_rho, beta, probe, module
@@ -238,7 +240,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             ops.combine(rows, applied, out=buffers)
             shows_nan = _first_written(inputs.shared, buffers)
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, inputs.own, own_weights, weighted)
+            own_buffers = combine_own(own_rows, update_buffers(own_rows, inputs.own), own_weights, weighted)
             shows_nan = _first_written(inputs.own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*inputs.shared, *inputs.own], [*buffers, *own_buffers], accumulate)
         self.tasks = tasks

@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from ..dtensor import local
+
 
 class SkipFlag:
     """Which of the updates accumulated in ``.grad`` were not finite, for as long as their NaN is there. Immutable.
@@ -23,6 +25,7 @@ class SkipFlag:
         result = None
         for param, flag in self._flags.items():
             if param.grad is not None:
-                current = flag & param.grad[(0,) * param.grad.dim()].isnan().to(flag.device)
+                shard = local(param.grad)  # without an element on this rank, the others' NaN cannot be seen
+                current = flag & shard[(0,) * shard.dim()].isnan().to(flag.device) if shard.numel() else flag
                 result = current if result is None else result | current
         return result
