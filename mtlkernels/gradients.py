@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import overlaps_itself
+from .dtensor import local, same_placement
 
 Source = Literal["autograd", "backward"]
 """``"autograd"``: ``torch.autograd.grad``, for plain eager and compiled models. ``"backward"``: ``loss.backward()`` with
@@ -18,8 +19,16 @@ SOURCES = get_args(Source)
 Rows = list[list[Tensor | None]]
 
 
+Received = Callable[[list[Tensor | None], Sequence[Tensor]], list[Tensor | None]]
+"""What becomes of one task's gradients of its inputs as soon as they are there, before the next task's are computed."""
+
+
 def task_gradients(
-    losses: Sequence[Tensor | None], inputs: Sequence[Sequence[Tensor]], source: Source, retain: bool = False
+    losses: Sequence[Tensor | None],
+    inputs: Sequence[Sequence[Tensor]],
+    source: Source,
+    received: Received | None = None,
+    retain: bool = False,
 ) -> Rows:
     """Gradients of each task's loss with respect to that task's own inputs. ``.grad`` of the inputs is left as it was.
 
@@ -28,6 +37,7 @@ def task_gradients(
         inputs: K lists of leaf tensors that require grad. Tensors may be in several lists, once in each.
         source: how to get them. Under ``"backward"`` leaves that are nobody's input accumulate into ``.grad``, as they do
             for ``sum(losses).backward()``; under ``"autograd"`` they are left alone.
+        received: replaces the gradients of a present task, and is given the only references to them.
         retain: whether the graph is kept after the last task.
 
     Returns:
@@ -43,6 +53,8 @@ def task_gradients(
             if inputs[k]:
                 keep = retain or k != present[-1]
                 result[k] = list(torch.autograd.grad(losses[k], inputs[k], retain_graph=keep, allow_unused=True))  # type: ignore[arg-type]
+                if received is not None:
+                    result[k] = received(result[k], inputs[k])
         return result
     every = list({id(t): t for tensors in inputs for t in tensors}.values())
     before = [t.grad for t in every]
@@ -51,6 +63,9 @@ def task_gradients(
             _clear(every)
             losses[k].backward(retain_graph=retain or k != present[-1])  # type: ignore[union-attr]
             result[k] = [t.grad for t in inputs[k]]
+            _clear(every)
+            if received is not None:
+                result[k] = received(result[k], inputs[k])
     finally:
         for tensor, grad in zip(every, before, strict=True):
             tensor.grad = grad
@@ -63,6 +78,7 @@ def weighted_gradients(
     shared: Sequence[Tensor],
     own: Sequence[Sequence[Tensor]],
     source: Source,
+    hidden: bool = False,
 ) -> tuple[list[Tensor | None], Rows]:
     """The gradient of sum_k w_k L_k with respect to ``shared`` in one backward pass, and of each loss with respect to its own.
 
@@ -74,22 +90,38 @@ def weighted_gradients(
         shared: N leaf tensors that require grad.
         own: K lists of such.
         source: how to get the former; the latter come by ``torch.autograd.grad``, which runs no hooks.
+        hidden: the tensors need not be leaves of the graph. The latter then come from one whole backward pass of the sum of the
+            losses, and what several tasks have for a tensor stands in the first one's list.
 
     Returns:
         N gradients, and K lists aligned with ``own``; None as in :func:`task_gradients`.
     """
     rows: Rows = [[None] * len(tensors) for tensors in own]
+    everything = [*shared, *{id(t): t for tensors in own for t in tensors}.values()]
+    total = _weighted_sum(losses, weights)
+    if hidden and len(everything) > len(shared):
+        both = [total, _weighted_sum(losses, torch.ones_like(weights))]
+        row, others = task_gradients(both, [everything, everything], "backward")
+        left = {id(t): grad for t, grad in zip(everything, others, strict=True)}
+        for k, loss in enumerate(losses):
+            if loss is not None:
+                rows[k] = [left.pop(id(t), None) for t in own[k]]
+        return row[: len(shared)], rows
+    for k, loss in enumerate(losses):
+        if loss is not None and own[k]:
+            rows[k] = list(torch.autograd.grad(loss, list(own[k]), retain_graph=True, allow_unused=True))
+    # Under "backward" the pass reaches the others' .grad, too, which is put back.
+    inputs = everything if source == "backward" else list(shared)
+    return task_gradients([total], [inputs], source)[0][: len(shared)], rows
+
+
+def _weighted_sum(losses: Sequence[Tensor | None], weights: Tensor) -> Tensor:
     total = torch.zeros((), dtype=weights.dtype, device=weights.device)
     with torch.enable_grad():
         for k, loss in enumerate(losses):
             if loss is not None:
                 total = total + weights[k] * loss.reshape(()).to(weights.device, weights.dtype)
-    for k, loss in enumerate(losses):
-        if loss is not None and own[k]:
-            rows[k] = list(torch.autograd.grad(loss, list(own[k]), retain_graph=True, allow_unused=True))
-    # Under "backward" the pass reaches the others' .grad, too, which is put back.
-    inputs = [*shared, *({id(t): t for tensors in own for t in tensors}.values() if source == "backward" else ())]
-    return task_gradients([total], [inputs], source)[0][: len(shared)], rows
+    return total
 
 
 def check_heads_in_graph(
@@ -209,12 +241,11 @@ def _own_or_new_buffer(row: Sequence[Tensor | None], n: int, param: Tensor) -> T
     return grad if sole and grad.stride() == param.stride() else torch.empty_like(param, dtype=grad.dtype)
 
 
-def combine_own(rows: Rows, params: Sequence[Tensor], weights: Tensor, weighted: bool) -> list[Tensor | None]:
+def combine_own(rows: Rows, buffers: list[Tensor | None], weights: Tensor, weighted: bool) -> list[Tensor | None]:
     """Gradients of the M parameters that are not shared: the sum of their tasks' rows, times the task's weight if ``weighted``.
 
-    A single row that can be ``.grad`` as it is costs no read.
+    They go to the ``buffers``, as :func:`update_buffers` gives them; a single row that is its buffer costs no read.
     """
-    buffers = update_buffers(rows, params)
     columns = list(zip(*rows, strict=True))
     keep = [n for n, column in enumerate(columns) if weighted or not _is_only_row(column, buffers[n])]
     if keep:
@@ -239,14 +270,15 @@ def check_hooks(params: Iterable[Tensor], name: Callable[[Tensor], str]) -> None
 def check_grads(params: Iterable[Tensor], name: Callable[[Tensor], str]) -> None:
     """Raises a ``ValueError`` for a ``.grad`` that :func:`add_to_grad` could not add to in place; ``name`` names one."""
     for param in params:
-        grad = param.grad
-        if grad is None:
+        if param.grad is None:
             continue
+        grad, like = local(param.grad), local(param)
         writable = (
-            grad.layout == torch.strided
+            same_placement(param.grad, param)
+            and grad.layout == torch.strided
             and grad.dtype.is_floating_point
-            and grad.shape == param.shape
-            and grad.device == param.device
+            and grad.shape == like.shape
+            and grad.device == like.device
             and not grad.is_inference()
             and (grad.is_contiguous() or not overlaps_itself(grad))
         )
@@ -278,8 +310,8 @@ def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> Non
         if param.grad is None:
             param.grad = grad
         else:
-            existing.append(param.grad)
-            added.append(grad)
+            existing.append(local(param.grad))
+            added.append(local(grad))
     if existing:
         torch._foreach_add_(existing, added)
 

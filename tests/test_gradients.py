@@ -200,12 +200,13 @@ def test_combine_own_sums_rows_and_reads_a_single_row_only_when_weighted():
     rows = task_gradients([first, second], [[a, b], [a, b]], "autograd")
     single = rows[1][1].data_ptr()
 
-    summed, alone = combine_own(rows, [a, b], weights, weighted=False)
+    summed, alone = combine_own(rows, update_buffers(rows, [a, b]), weights, weighted=False)
 
     assert torch.equal(summed, 2 * a.detach() + 3)
     assert alone.data_ptr() == single
     rows = task_gradients([a.square().sum(), b.square().sum()], [[a, b], [a, b]], "autograd")
-    halved, dropped = combine_own(rows, [a, b], torch.tensor([0.5, 0.0], dtype=torch.float64), weighted=True)
+    weights = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    halved, dropped = combine_own(rows, update_buffers(rows, [a, b]), weights, weighted=True)
     assert torch.equal(halved, a.detach())
     assert torch.equal(dropped, torch.zeros_like(b))
 

@@ -79,8 +79,8 @@ class Untouched:
         ({"tasks": ["a", "a"]}, "each once"),
         ({"tasks": []}, "at least one name"),
         ({"tasks": ["a"], "heads": {"z": []}}, "unknown task 'z'"),
-        ({"process_group": object()}, "process_group is given.*not supported"),
-        ({"mesh": object()}, "mesh is given.*not supported"),
+        ({"process_group": object()}, "process_group is a object"),
+        ({"mesh": object()}, "mesh is a object"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -384,7 +384,7 @@ def test_world_of_one_and_dtensors(tmp_path):
         make(model).step(task_losses(model))
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         sharded = torch.nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh))
-        with pytest.raises(ValueError, match="is a DTensor"):
-            MultiTaskOptimizer(torch.optim.SGD([sharded], 0.1))
+        MultiTaskOptimizer(torch.optim.SGD([sharded], 0.1)).step([sharded.sum().to_local()])
+        assert torch.equal(sharded.to_local(), torch.full((4, 2), 0.9))
     finally:
         torch.distributed.destroy_process_group()

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import check_single_process
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
 from ..weightings import Weighting
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
-from .multitask import MultiTaskOptimizer, Nonfinite, _first_written
+from .multitask import MultiTaskOptimizer, Nonfinite
 from .perturbed import Inputs, LossesFn, Passes, Settings, call, check_function
 from .roles import Task
+from .skip import first_written
 from .statistics import RunningStatistics
 from .undo import Snapshot, load_buffers
 
@@ -158,6 +160,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             process_group=process_group,
             mesh=mesh,
         )
+        check_single_process(self.params, process_group, mesh)
         self.weightings = FlatWeightings(aggregation, self.weighting, flat_weighting, pair_weighting).to(self.device)
         self.aggregation, self.perturbation, self.adaptive, self.joint = aggregation, perturbation, adaptive, joint
         self.rho, self.head_rho, self.beta, self.probe, self.module = rho, head_rho, beta, probe, module
@@ -238,13 +241,12 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             del loss_rows, sam_rows
             buffers = update_buffers(rows, inputs.shared)
             ops.combine(rows, applied, out=buffers)
-            shows_nan = _first_written(inputs.shared, buffers)
+            shows_nan = first_written(inputs.shared, buffers)
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, inputs.own, own_weights, weighted)
-            shows_nan = _first_written(inputs.own, own_buffers) if shows_nan is None else shows_nan
+            own_buffers = combine_own(own_rows, update_buffers(own_rows, inputs.own), own_weights, weighted)
+            shows_nan = first_written(inputs.own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*inputs.shared, *inputs.own], [*buffers, *own_buffers], accumulate)
-        self.tasks = tasks
-        self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
+        self._note(info, shows_nan, scale)
         return info
 
     def _inputs(self, tasks: tuple[Task, ...]) -> Inputs:

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
 import torch
 from torch import Tensor
 
-from ..distributed import check_single_process
+from ..distributed import ranks_of
 from ..gradients import (
     SOURCES,
     Rows,
@@ -20,18 +20,20 @@ from ..gradients import (
     check_hooks,
     combine_own,
     task_gradients,
-    update_buffers,
     weighted_gradients,
 )
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
+from ..weightings.seeded import SeededWeighting
+from .compare import step_entries
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
-from .losses import Losses, by_task, loaded_names, order_losses, task_names
+from .losses import Losses, loaded_names, order_losses, task_names
+from .one_pass import backward_of_losses, check_loss_only, observe
 from .roles import Roles, Task
 from .scaler import enabled_scaler
-from .skip import SkipFlag
+from .skip import SkipFlag, first_written
 from .undo import Snapshot, load_buffers
 from .wrapper import WrappedOptimizer, with_step_hooks
 
@@ -73,8 +75,12 @@ class MultiTaskOptimizer(WrappedOptimizer):
             a step with no finite task left is skipped; between updates of the weights tasks cannot be told apart, and the step
             is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
         gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
-            itself (post-accumulate-grad hooks, reentrant checkpoints).
-        process_group, mesh: None; distributed training is not supported in this version.
+            itself (post-accumulate-grad hooks, reentrant checkpoints, FSDP2). None: the latter where a parameter is a DTensor.
+        process_group: of plain parameters, whether or not in DistributedDataParallel: the ranks that train together. The update
+            is that of the losses' means over them.
+        mesh: the same as a device mesh of one dimension. Of DTensors: a mesh that has the ranks of all; None for the largest.
+        check_ranks: compares tasks, parameters, the weighting's state and the weights over the ranks in every step, in place
+            of the first only; it reads the device, and those reads are not counted in ``host_reads``.
 
     Raises:
         ValueError: an argument that does not fit; the message names it and the fix.
@@ -95,15 +101,16 @@ class MultiTaskOptimizer(WrappedOptimizer):
         update_every: int = 1,
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
-        gradients: Source = "autograd",
+        gradients: Source | None = None,
         process_group: object = None,
         mesh: object = None,
+        check_ranks: bool = False,
     ) -> None:
         super().__init__(optimizer)
         weighting = as_weighting(weighting)
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
-            ("gradients", gradients, SOURCES),
+            ("gradients", gradients, (*SOURCES, None)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
@@ -120,16 +127,21 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
         self._one_pass = self._takes_loss_only and weighting.loss_only
         if self._one_pass:
-            _check_loss_only(weighting, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
+            check_loss_only(weighting, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
         params = self.params
-        check_single_process(params, process_group, mesh)
+        self.ranks = ranks_of(params, process_group, mesh, self.name_of)
+        self.ranks.check_gradients(gradients)
+        if self.ranks.size > 1 and per == "channel":
+            raise ValueError('per="channel" needs whole channels, which a rank does not have; pass per="tensor" or "model".')
         self._roles = Roles(params, shared, heads, groups)
         self.tasks = None if tasks is None else task_names(tasks)
         if self.tasks is not None:
             self._check_heads(self.tasks)
         self.per: Granularity | None = None if isinstance(per, Mapping) else per
         self.update_every, self._held = update_every, HeldWeights()
-        self.max_norm, self.on_nonfinite, self.gradients = max_norm, on_nonfinite, gradients
+        self.max_norm, self.on_nonfinite = max_norm, on_nonfinite
+        self.gradients: Source = gradients or ("backward" if self.ranks.hides_leaves else "autograd")
+        self.check_ranks, self._compares = check_ranks, self.ranks.size > 1
         self.weighting = weighting.to(self.device)
         self._tasks_given = tasks is not None
         self._forget()
@@ -207,8 +219,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             info.host_reads += self._step_inner(self._skip.on_device())
         self._forget()
         if closure is not None and self.weighting.observes:
-            with torch.no_grad():
-                self.weighting.observe(self._loss_values(by_task(closure(), info.tasks)[1])[0])
+            observe(self, closure, info.tasks)
         return info
 
     def _evaluated(self, closure: Callable[[], Losses]) -> Any:
@@ -235,69 +246,32 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
         tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
         if self._one_pass:
-            return self._backward_of_losses(tasks, ordered, scaled, scale, accumulate, kept)
-        roles = self._roles
+            return backward_of_losses(self, tasks, ordered, scaled, scale, accumulate, kept)
+        ranks, roles = self.ranks, self._roles
         shared = roles.shared
         own, own_of_task = roles.own(tasks)
-        computes = self._held.left <= 0
+        computes, complete = self._held.left <= 0, all(loss is not None for loss in ordered)
         shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
-        if all(loss is not None for loss in ordered):
+        if complete:
             self._check_reached(shared_rows, shared)
         with torch.no_grad():
             problems = Problems(self.per or roles.group_of_shared(), shared)
-            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
-            solve = self._solve if computes else self._keep
-            info, applied, own_weights = solve(tasks, ordered, *squares, kept)
-            buffers = update_buffers(shared_rows, shared)
-            problems.combine(shared_rows, applied, buffers)
-            shows_nan = _first_written(shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, own, own_weights, weighted)
-            shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
-            self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
-        self.tasks = tasks
-        self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
-        return info
-
-    def _backward_of_losses(
-        self,
-        tasks: tuple[Task, ...],
-        ordered: list[Tensor | None],
-        scaled: list[Tensor | None],
-        scale: Tensor | None,
-        accumulate: bool,
-        kept: Snapshot,
-    ) -> StepInfo:
-        """As :meth:`_backward`, for weights from the losses: one row of gradients, of all parameters."""
-        params = [p for p in self.params if p.requires_grad]
-        layer = list(self.weighting.layer)
-        layer_rows = task_gradients(scaled, [layer] * len(tasks), self.gradients, retain=True) if layer else []
-        with torch.no_grad():
+            gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
             values, present = self._loss_values(ordered)
-            square = torch.ones_like(values) if scale is None else scale.double().square()
-            gram = (
-                self._gram(Problems("model", layer), layer_rows, layer, tasks) / square
-                if layer
-                else values.new_zeros(2 * values.shape)
-            )
-            missing = any(loss is None for loss in ordered)
-            weights = self.weighting(gram, active=present if missing else None, losses=torch.where(present, values, 0.0))
-        row, _ = weighted_gradients(scaled, weights, params, [[] for _ in tasks], self.gradients)
-        with torch.no_grad():
-            problems = Problems("model", params)
-            norm, _ = self._squares(tasks, problems, [row], [], [], scale)
-            usable = norm[0, 0] < torch.inf
-            ones = torch.ones_like(norm[0])
-            update = UpdateNorm(norm, ones, None, ones)
-            info = StepInfo(tasks, values, None, weights, present, update)
-            applied, _ = self._checked(info, update, (ones, ones), values.isfinite() | ~present, usable)
-            if self.on_nonfinite != "raise":
-                kept.restore_buffers_unless(usable)
-            buffers = update_buffers([row], params)
-            problems.combine([row], applied, buffers)
-            self._fill(params, buffers, accumulate)
-        self.tasks = tasks
-        self._note(info, _first_written(params, buffers), decided=scale is not None or self.on_nonfinite == "raise")
+            gram, own_gram, values, seed = ranks.decisive(gram, own_gram, values, self._seed(computes))
+            solve = self._solve if computes else self._keep
+            info, applied, own_weights = solve(_Batch(tasks, values, present, complete, seed), gram, own_gram, kept)
+            if self._compares:
+                ranks.require_equal({"weights": (None, tuple(info.weights.flatten().tolist()))})
+            buffers = ranks.buffers(shared_rows, shared)
+            problems.combine(shared_rows, ranks.scaled(applied), buffers)
+            shows_nan = first_written(shared, buffers)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None or ranks.scale != 1
+            own_buffers = combine_own(own_rows, ranks.buffers(own_rows, own), ranks.scaled(own_weights), weighted)
+            shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
+            params = [*shared, *own]
+            self._fill(params, ranks.gather([*buffers, *own_buffers], params), accumulate)
+        self._note(info, shows_nan, scale)
         return info
 
     def _begin(
@@ -311,13 +285,22 @@ class MultiTaskOptimizer(WrappedOptimizer):
         tasks, ordered = order_losses(losses, self.tasks)
         self._check_heads(tasks)
         params = self.params
-        check_single_process()
+        self.ranks.check()
         roles = self._roles.refreshed(params)  # the inner optimizer's groups may have changed
         if roles is not self._roles:
-            check_single_process(params)
+            self.ranks.check(params)
+            self._compares = self.ranks.size > 1
+        if self._compares:
+            self.ranks.require_equal(step_entries(self, tasks, ordered))
         by_reach = any(p.requires_grad for p in roles.found)
         decides = not self._one_pass
-        check_graph(ordered, self.gradients, by_reach and decides, decides and len(tasks) > 1 and bool(roles.pending()))
+        undecided = decides and len(tasks) > 1 and bool(roles.pending())
+        if undecided and self.ranks.hides_leaves:
+            raise ValueError(
+                "shared parameters cannot be told from heads in graphs that do not have DTensor parameters as leaves; pass "
+                "shared=parameters, heads={task: parameters}, or both."
+            )
+        check_graph(ordered, self.gradients, by_reach and decides, undecided)
         if self.gradients == "autograd":
             check_hooks(params, self.name_of)
         if accumulate:
@@ -339,10 +322,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 param.grad = None
         add_to_grad(params, grads)
 
-    def _note(self, info: StepInfo, shows_nan: Tensor | None, decided: bool) -> None:
-        """Notes the update for the step that follows. ``decided``: a scaler decides whether it is skipped, or it has been."""
-        self._info = info
-        if decided:
+    def _note(self, info: StepInfo, shows_nan: Tensor | None, scale: Tensor | None) -> None:
+        """Notes the update for the step that follows. With a ``scale`` the scaler decides whether it is skipped."""
+        self.tasks, self._info, self._compares = info.tasks, info, self.check_ranks and self.ranks.size > 1
+        if scale is not None or self.on_nonfinite == "raise":
             self._skip = SkipFlag()
         elif shows_nan is not None:
             self._skip = self._skip.with_update(shows_nan, info.skipped)
@@ -369,17 +352,33 @@ class MultiTaskOptimizer(WrappedOptimizer):
         own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
         bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
         if computes:
-            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients)
+            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, self._scatter_row)
             shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
         else:
-            if self.gradients == "backward":
+            hidden = self.ranks.hides_leaves
+            if self.gradients == "backward" and not hidden:
                 check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
-            row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients)
-            shared_rows = [_scatter(row, live, len(shared))]
+            row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients, hidden)
+            own_grads = [self._scatter_row(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
+            shared_rows = [_scatter(self._scatter_row(row, bodies), live, len(shared))]
+        self.ranks.wait()
         own_rows = [_scatter(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
+
+    def _scatter_row(self, row: list[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+        with torch.no_grad():
+            if self._compares:
+                self.ranks.compare_row(row, params)
+            return self.ranks.scatter(row, params)
+
+    def _seed(self, computes: bool) -> Tensor | None:
+        """The seed of a random weighting where it must be the same on other ranks, too."""
+        weighting = self.weighting
+        if not computes or self.ranks.size == 1 or not isinstance(weighting, SeededWeighting):
+            return None
+        return weighting.draw_seed(self.device) if getattr(weighting, "order", None) is None else None
 
     def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
         for param, column in zip(shared, zip(*rows, strict=True), strict=True):
@@ -407,14 +406,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             own_gram = None if own_gram is None else own_gram / square
         return gram, own_gram
 
-    def _solve(
-        self,
-        tasks: tuple[Task, ...],
-        losses: Sequence[Tensor | None],
-        gram: Tensor,
-        own_gram: Tensor | None,
-        kept: Snapshot,
-    ) -> tuple[StepInfo, Tensor, Tensor]:
+    def _solve(self, batch: "_Batch", gram: Tensor, own_gram: Tensor | None, kept: Snapshot) -> tuple[StepInfo, Tensor, Tensor]:
         """Weights of the tasks, on the device: the info, the weights to apply ([K] or [M, K]) and those of the heads ([K])."""
         finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
         finite = finite if finite.dim() == 1 else finite.all(0)
@@ -423,16 +415,16 @@ class MultiTaskOptimizer(WrappedOptimizer):
         pair = finite.unsqueeze(-1) & finite
         clean = torch.where(pair, gram, 0.0)
         own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
-        values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
-        active = present & finite if drops else present
-        if drops or any(loss is None for loss in losses):
-            weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
+        active = batch.present & finite if drops else batch.present
+        if drops or not batch.complete:
+            losses = torch.where(active, batch.losses, 0.0)
+            weights = self.weighting(clean, active=active, losses=losses, seed=batch.seed)
         else:
-            weights = self.weighting(clean, losses=values)
+            weights = self.weighting(clean, losses=batch.losses, seed=batch.seed)
         own_weights = active.double()
         update = UpdateNorm(clean, weights, own_clean, own_weights)
-        info = StepInfo(tasks, values, gram, weights, active, update)
+        info = StepInfo(batch.tasks, batch.losses, gram, weights, active, update)
         usable = weights.isfinite().all() & (active.any() if drops else finite.all())
         applied = self._checked(info, update, (weights, own_weights), finite, usable)
         if self.on_nonfinite != "raise":
@@ -442,21 +434,16 @@ class MultiTaskOptimizer(WrappedOptimizer):
         return info, *applied
 
     def _keep(
-        self,
-        tasks: tuple[Task, ...],
-        losses: Sequence[Tensor | None],
-        square: Tensor,
-        own_gram: Tensor | None,
-        kept: Snapshot,
+        self, batch: "_Batch", square: Tensor, own_gram: Tensor | None, kept: Snapshot
     ) -> tuple[StepInfo, Tensor, Tensor]:
         """As :meth:`_solve`, between updates of the weights: of the weighted gradient, whose ``square`` is [1, 1]."""
-        values, present = self._loss_values(losses)
-        weights = torch.where(present, self._held.of_tasks(values), 0.0)
+        present = batch.present
+        weights = torch.where(present, self._held.of_tasks(batch.losses), 0.0)
         finite = torch.ones_like(present) if own_gram is None else own_gram.diagonal() < torch.inf
         usable = finite.all() & (square[0, 0] < torch.inf)
         ones, own_weights = torch.ones_like(square[0]), present.double()
         update = UpdateNorm(square, ones, own_gram, own_weights)
-        info = StepInfo(tasks, values, None, weights, present, update)
+        info = StepInfo(batch.tasks, batch.losses, None, weights, present, update)
         applied = self._checked(info, update, (ones, own_weights), finite, usable)
         self._held = self._held.used()
         return info, *applied
@@ -480,7 +467,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     def _gram(self, problems: Problems, rows: Rows, params: list[Tensor], tasks: Sequence[Task]) -> Tensor:
         try:
-            return problems.gram(rows).to(self.device)
+            return self.ranks.gram(problems, rows, params).to(self.device)
         except Exception:
             check_dense(tasks, rows, params, self.name_of)
             raise
@@ -540,17 +527,15 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self.tasks = names
 
 
-def _check_loss_only(weighting: Weighting, options: Mapping[str, object]) -> None:
-    for name, fits in (("per", ("model",)), ("update_every", (1,)), ("on_nonfinite", ("skip", "raise"))):
-        if options[name] not in fits:
-            raise ValueError(
-                f"{name} is {options[name]!r}, but {type(weighting).__name__} takes one backward pass of the weighted losses, "
-                f"which has no gradients of tasks; pass {name}={fits[0]!r}, or a weighting of gradients."
-            )
+class _Batch(NamedTuple):
+    """What a step knows of its losses: the K names, their values [K], which are present, bool [K], and whether all are."""
 
-
-def _first_written(params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Tensor | None:
-    return next((p for p, b in zip(params, buffers, strict=True) if b is not None and b.numel()), None)
+    tasks: tuple[Task, ...]
+    losses: Tensor
+    present: Tensor
+    complete: bool
+    seed: Tensor | None
+    """Of a random weighting; None: it draws its own."""
 
 
 def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:

@@ -360,7 +360,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         """The update of every parameter, still scaled."""
         weights = torch.ones(len(rows), dtype=torch.float64, device=self.device)
         if phase == 1:
-            return combine_own(rows, params, weights, weighted=False)
+            return combine_own(rows, update_buffers(rows, params), weights, weighted=False)
         present = [k for k, loss in enumerate(losses) if loss is not None]
         many = [n for n in range(len(params)) if sum(rows[k][n] is not None for k in present) > 1]
         # Moved, not copied: what no other list holds may become .grad itself.
@@ -376,7 +376,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             tops = iter(self._tops([layer for layer in found if layer is not None]))
             top = [None if layer is None else next(tops) for layer in found]
             priority_combine(columns, top, self.skip_degenerate, out=buffers)
-        result = combine_own(rows, params, weights, weighted=False)
+        result = combine_own(rows, update_buffers(rows, params), weights, weighted=False)
         for n, buffer in zip(many, buffers, strict=True):
             result[n] = buffer
         return result

@@ -1,6 +1,10 @@
 """The flag that makes the next step skip an update that was not finite."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
+
+from ..dtensor import local
 
 
 class SkipFlag:
@@ -23,6 +27,13 @@ class SkipFlag:
         result = None
         for param, flag in self._flags.items():
             if param.grad is not None:
-                current = flag & param.grad[(0,) * param.grad.dim()].isnan().to(flag.device)
+                shard = local(param.grad)  # without an element on this rank, the others' NaN cannot be seen
+                current = flag & shard[(0,) * shard.dim()].isnan().to(flag.device) if shard.numel() else flag
                 result = current if result is None else result | current
         return result
+
+
+def first_written(params: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> Tensor | None:
+    """The first parameter with an element that is written; of a rank with none, one that is written on others."""
+    there = [(p, b) for p, b in zip(params, buffers, strict=True) if b is not None and p.numel()]
+    return next((p for p, b in there if b.numel()), there[0][0] if there else None)

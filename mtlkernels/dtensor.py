@@ -1,0 +1,37 @@
+"""DTensors, without importing what is slow to import where there is none."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # where it is not imported, no DTensor exists
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor on this rank, without grad; another tensor itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    with torch.no_grad():
+        shard = tensor.to_local()  # type: ignore[attr-defined]
+    return shard.wait() if hasattr(shard, "wait") else shard  # one that a collective still writes
+
+
+def same_placement(a: Tensor, b: Tensor) -> bool:
+    """Whether the shards of two tensors of one shape hold the same elements; two tensors that are no DTensors do."""
+    if is_dtensor(a) and is_dtensor(b):
+        return (a.device_mesh, a.placements) == (b.device_mesh, b.placements)  # type: ignore[attr-defined]
+    return is_dtensor(a) == is_dtensor(b)
+
+
+def placed_like(shard: Tensor, param: Tensor) -> Tensor:
+    """The tensor whose shard on this rank is ``shard``, if the parameter is a DTensor; ``shard`` otherwise."""
+    if not is_dtensor(param):
+        return shard
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
