@@ -58,9 +58,9 @@ def report(cases: list[Case], last_level: int) -> None:
 def row_of(case: Case, moved: Traffic, last_level: int) -> str:
     size = case.num_tasks * case.row_bytes
     read, written = moved.read / size, moved.written / size
-    over = (read + written) / (1 + 1 / case.num_tasks)
     name, shape, fit = case.prepare.partition(":")[2], "x".join(map(str, case.shapes[0])), "yes" if size <= last_level else "no"
-    return f"{name:<34}{shape:<20}{case.num_tasks:>3}{size / 1e6:>14.2f}{fit:>5}{read:>7.2f}{written:>9.2f}{over:>14.2f}"
+    over = f"{(read + written) / (1 + 1 / case.num_tasks):14.2f}" if written > 0.1 and name != "perturb" else ""
+    return f"{name:<34}{shape:<20}{case.num_tasks:>3}{size / 1e6:>14.2f}{fit:>5}{read:>7.2f}{written:>9.2f}{over}"
 
 
 def main() -> None:
