@@ -1,5 +1,6 @@
 """The multi-task optimizer: task losses in, one combined gradient and a torch optimizer's step out."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast, get_args, overload
@@ -26,6 +27,7 @@ from ..gradients import (
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
+from .accumulated import Accumulated, Batch
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
@@ -64,8 +66,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             backward passes. Those between take one of the weighted sum of the losses with the last weights; a head still gets
             its own task's gradient, from the part of the graph above it (in a compiled model nothing can be left out). A task
             keeps the weight of the last update that had it, finite, and 1 / K until then. With ``per="model"`` only.
-        max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. With
-            gradient accumulation each ``backward`` clips its own update.
+        max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. Each
+            ``backward`` clips its own update; what :meth:`accumulate` has added up is part of it.
         on_nonfinite: what a gradient that is not finite does. ``"skip"``: the step changes nothing, nor does the weighting's
             state. ``"drop_task"``: the task counts as absent, but its head gets a zero gradient, since the host does not know;
             a step with no finite task left is skipped; between updates of the weights tasks cannot be told apart, and the step
@@ -130,6 +132,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         """Drops what belongs to the update in progress."""
         self._skip = SkipFlag()
         self._info: StepInfo | None = None
+        self._accumulated = Accumulated()
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
@@ -152,6 +155,33 @@ class MultiTaskOptimizer(WrappedOptimizer):
         """
         with self._undone_on_error() as before:
             return self._backward(losses, scaler, accumulate=True, kept=before)
+
+    def accumulate(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Adds a micro-batch to the next update: to the gradient of each task, before weights are computed.
+
+        Call it for every micro-batch but the last, whose losses go to ``backward`` or ``step``. That update is the one of a
+        single batch whose losses are the sums of those passed: the Gram, the weights, the clipping and ``info.losses`` are of
+        the sums. Nothing is averaged; for losses that are means, divide by the number of micro-batches, as for
+        ``loss.backward()``. A task may be absent from some micro-batches; it is absent from the update if it was from all.
+
+        Holds a gradient for each task and parameter (between updates of the weights one for all tasks), and as much again while
+        a micro-batch is added. ``.grad`` is left alone. ``zero_grad()`` drops the sums, and they are no part of the state dict.
+        A gradient that is not finite shows in the update, as ``on_nonfinite`` says.
+
+        Args:
+            losses: as in :meth:`backward`.
+            scaler: as there; call its ``update()`` after the step. Sums follow a scale that has changed nevertheless.
+
+        Raises:
+            As :meth:`backward`. Whatever is raised, the sums are as before, too.
+        """
+        with self._undone_on_error():
+            batch = self._batch(losses, scaler, accumulate=False)
+            for task, row, params in zip(itertools.cycle(batch.tasks), batch.rows, batch.params, strict=False):
+                check_dense([task], [row], params, self.name_of)
+            with torch.no_grad():
+                self._accumulated = self._accumulated.plus(batch)
+            self.tasks = batch.tasks
 
     @overload  # type: ignore[override]  # losses instead of a closure that returns a number
     def step(self, losses: None = None, *, closure: None = None) -> None: ...
@@ -177,14 +207,20 @@ class MultiTaskOptimizer(WrappedOptimizer):
             The update's info; None without losses.
 
         Raises:
-            As :meth:`backward`, and a ``ValueError`` for both losses and a closure. An exception of the inner optimizer's
-            step puts ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
+            As :meth:`backward`, and a ``ValueError`` for both losses and a closure, or for no losses after
+            :meth:`accumulate`, whose sums no update has used. An exception of the inner optimizer's step puts
+            ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
         """
         if closure is not None:
             if losses is not None:
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
+            if self._accumulated.batches:
+                raise ValueError(
+                    f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
+                    "pass the last micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
+                )
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
@@ -220,15 +256,16 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._roles = roles.refreshed(self.params, shared)
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
-        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
-        roles = self._roles
-        shared = roles.shared
-        own, own_of_task = roles.own(tasks)
         computes = self._held.left <= 0
-        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
-        if all(loss is not None for loss in ordered):
-            self._check_reached(shared_rows, shared)
+        batch = self._batch(losses, scaler, accumulate)
         with torch.no_grad():
+            batch = self._accumulated.added_to(batch)
+            tasks, ordered, rows, _, scale = batch
+            roles = self._roles
+            shared, own = roles.shared, roles.own(tasks)[0]
+            shared_rows, own_rows = rows[: -len(tasks)], rows[-len(tasks) :]
+            if all(loss is not None for loss in ordered):
+                self._check_reached(shared_rows, shared)
             problems = Problems(self.per or roles.group_of_shared(), shared)
             squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
             solve = self._solve if computes else self._keep
@@ -240,9 +277,19 @@ class MultiTaskOptimizer(WrappedOptimizer):
             own_buffers = combine_own(own_rows, own, own_weights, weighted)
             shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
+        self._accumulated = Accumulated()
         self.tasks = tasks
         self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
         return info
+
+    def _batch(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool) -> Batch:
+        """The gradients of a batch; ``accumulate``: they are to be added to ``.grad``."""
+        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        shared = self._roles.shared
+        own, own_of_task = self._roles.own(tasks)
+        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, self._held.left <= 0)
+        params = [shared for _ in shared_rows] + [own for _ in own_rows]
+        return Batch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
 
     def _begin(
         self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
@@ -444,12 +491,12 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def _undone_on_error(self) -> Iterator[Snapshot]:
         """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
         before = Snapshot(self.params, self.weighting)
-        own = self.tasks, self._skip, self._info, self._roles, self._held
+        own = self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated
         try:
             yield before
         except BaseException:
             before.restore()
-            self.tasks, self._skip, self._info, self._roles, self._held = own
+            self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated = own
             raise
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------
