@@ -20,6 +20,7 @@ from .perturbed import Inputs, LossesFn, Passes, Settings, call, check_function
 from .roles import Task
 from .statistics import RunningStatistics
 from .undo import Snapshot, load_buffers
+from .wrapper import eager
 
 Perturbation = Literal["task", "samo"]
 
@@ -176,6 +177,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
+    @eager
     def backward(  # type: ignore[override]  # a function instead of losses
         self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None = None
     ) -> FlatInfo:
@@ -211,12 +213,19 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         """
         super().accumulate(losses_fn, scaler)  # type: ignore[arg-type]
 
-    def step(self, losses_fn: LossesFn | None = None, *, closure: LossesFn | None = None) -> FlatInfo | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        losses_fn: LossesFn | None = None,
+        *,
+        closure: LossesFn | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> FlatInfo | None:
         """One optimization step.
 
         Args:
             losses_fn: as in :meth:`backward`, whose result then replaces ``.grad``. None: steps from ``.grad``.
             closure: ``losses_fn`` under the name that callers of torch optimizers use.
+            scaler: as of :meth:`MultiTaskOptimizer.step`.
 
         Returns:
             The update's info; None without ``losses_fn``.
@@ -224,7 +233,8 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         Raises:
             As :meth:`backward`. An exception of the inner optimizer's step leaves what that had changed by then changed.
         """
-        return super().step(losses_fn, closure=closure)  # type: ignore[arg-type]
+        inherited: Any = super().step
+        return inherited(losses_fn, closure=closure, scaler=scaler)
 
     step.hooked = True  # type: ignore[attr-defined]  # the inherited one runs the step hooks
 
@@ -245,16 +255,18 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
                 self._check_reached(shared_rows[-count:], shared)
             info, applied, own_weights = self._solve_flat(tasks, losses, shared_rows, own_rows, own, scale, kept)
             info.perturbed_losses = self._loss_values(perturbed)[0]
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            if scale is not None and not accumulate:
+                applied, own_weights, weighted = applied / scale, own_weights / scale, True
             buffers = update_buffers(shared_rows, shared)
             ops.combine(shared_rows, applied, out=buffers)
             shows_nan = _first_written(shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            own_buffers = combine_own(own_rows, own, own_weights, weighted or shows_nan is None)
             shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
         self._accumulated = Accumulated()
         self.tasks = tasks
-        self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
+        self._note(info, shows_nan, decided=(scale is not None and accumulate) or self.on_nonfinite == "raise")
         return info
 
     def _batch(  # type: ignore[override]

@@ -32,10 +32,10 @@ from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
 from .roles import Roles, Task
-from .scaler import enabled_scaler
+from .scaler import check_not_float16, enabled_scaler, update_scale
 from .skip import SkipFlag
 from .undo import Snapshot, load_buffers
-from .wrapper import WrappedOptimizer, with_step_hooks
+from .wrapper import WrappedOptimizer, eager, with_step_hooks
 
 Nonfinite = Literal["skip", "drop_task", "raise"]
 
@@ -136,6 +136,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
+    @eager
     def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
@@ -156,6 +157,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         with self._undone_on_error() as before:
             return self._backward(losses, scaler, accumulate=True, kept=before)
 
+    @eager
     def accumulate(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> None:
         """Adds a micro-batch to the next update: to the gradient of each task, before weights are computed.
 
@@ -187,14 +189,26 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def step(self, losses: None = None, *, closure: None = None) -> None: ...
 
     @overload
-    def step(self, losses: Losses | Callable[[], Losses], *, closure: None = None) -> StepInfo: ...
+    def step(
+        self,
+        losses: Losses | Callable[[], Losses],
+        *,
+        closure: None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> StepInfo: ...
 
     @overload
-    def step(self, losses: None = None, *, closure: Callable[[], Losses]) -> StepInfo: ...
+    def step(
+        self, losses: None = None, *, closure: Callable[[], Losses], scaler: torch.amp.GradScaler | None = None
+    ) -> StepInfo: ...
 
     @with_step_hooks
     def step(
-        self, losses: Losses | Callable[[], Losses] | None = None, *, closure: Callable[[], Losses] | None = None
+        self,
+        losses: Losses | Callable[[], Losses] | None = None,
+        *,
+        closure: Callable[[], Losses] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -202,6 +216,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
             losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them. None: steps
                 from ``.grad`` as :meth:`backward` or the caller left it.
             closure: the closure under the name that callers of torch optimizers use.
+            scaler: scales the losses, and is updated after the step; leave out ``scaler.step`` and ``scaler.update``. The
+                update is unscaled as it is combined, and the Gram's diagonal tells an overflow, so that nothing reads the
+                gradients for the scaler. ``.grad`` is left unscaled.
 
         Returns:
             The update's info; None without losses.
@@ -216,6 +233,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
+            if scaler is not None:
+                raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
             if self._accumulated.batches:
                 raise ValueError(
                     f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
@@ -228,9 +247,14 @@ class MultiTaskOptimizer(WrappedOptimizer):
             return None
         if callable(losses):
             losses = cast(Losses, self._evaluated(losses))
+        scaler = enabled_scaler(scaler, self.on_nonfinite)
+        if scaler is not None:
+            check_not_float16(self.params)
         with self._undone_on_error() as before:
-            info = self._backward(losses, None, accumulate=False, kept=before)
+            info = self._backward(losses, scaler, accumulate=False, kept=before)
             info.host_reads += self._step_inner(self._skip.on_device())
+            if scaler is not None:
+                update_scale(scaler, info.skipped)
         self._forget()
         return info
 
@@ -270,16 +294,18 @@ class MultiTaskOptimizer(WrappedOptimizer):
             squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
             solve = self._solve if computes else self._keep
             info, applied, own_weights = solve(tasks, ordered, *squares, kept)
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            if scale is not None and not accumulate:
+                applied, own_weights, weighted = applied / scale, own_weights / scale, True
             buffers = update_buffers(shared_rows, shared)
             problems.combine(shared_rows, applied, buffers)
             shows_nan = _first_written(shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            own_buffers = combine_own(own_rows, own, own_weights, weighted or shows_nan is None)
             shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
         self._accumulated = Accumulated()
         self.tasks = tasks
-        self._note(info, shows_nan, decided=scale is not None or self.on_nonfinite == "raise")
+        self._note(info, shows_nan, decided=(scale is not None and accumulate) or self.on_nonfinite == "raise")
         return info
 
     def _batch(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool) -> Batch:

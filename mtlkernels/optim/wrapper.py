@@ -4,18 +4,19 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-Step = TypeVar("Step", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 """Optimizers whose ``fused=True`` step takes ``found_inf`` and then changes nothing, without a host read."""
 
 
-def with_step_hooks(step: Step) -> Step:
+def with_step_hooks(step: Function) -> Function:
     """Runs the step hooks registered on the wrapper around ``step``.
 
     Takes the place of torch's own decorator: hooks registered for all optimizers and the profiler's run in the inner
@@ -36,7 +37,15 @@ def with_step_hooks(step: Step) -> Step:
         return result
 
     hooked.hooked = True  # type: ignore[attr-defined]  # tells torch not to add its own decorator
-    return hooked  # type: ignore[return-value]
+    return cast(Function, eager(hooked))
+
+
+def eager(function: Function) -> Function:
+    """Makes torch.compile leave a function that takes gradients as it is: one graph break around it, none inside.
+
+    Traced in pieces, it would see other reference counts and autograd graphs than it needs.
+    """
+    return cast(Function, _disable_dynamo(function))  # torch.compiler.disable, but imports the compiler on the first call only
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
