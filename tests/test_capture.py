@@ -29,7 +29,10 @@ class Loop:
         self.info = None
 
     def losses(self) -> dict[str, Tensor]:
-        return {task: (y - k).square().mean() for k, (task, y) in enumerate(self.model(self.x).items())}
+        return {
+            task: (y - k).square().mean()
+            for k, (task, y) in enumerate(self.model(self.x.to(next(self.model.parameters()).dtype)).items())
+        }
 
     def load(self, step: int, bad: bool = False) -> None:
         """A new batch in the memory of the last."""
@@ -120,6 +123,12 @@ LOOPS = {
     "accumulate": (multi("gradvac"), accumulating),
     "scaler": (multi("gradvac", max_norm=0.1), scaled, True),
     "scaler in three calls": (multi("gradvac"), scaled_in_three_calls, True),
+    "master weights": (
+        lambda inner, model: multi("gradvac")(mtl.MasterWeights(inner), model),
+        whole,
+        False,
+        lambda: Net(width=4).to(torch.bfloat16),
+    ),
     "flat": (flat(rho=0.1), of_a_function),
     "flat second": (flat(aggregation="second", adaptive=True), of_a_function),
     "flat samo": (flat(aggregation="direct", perturbation="samo"), of_a_function),

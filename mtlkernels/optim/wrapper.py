@@ -61,12 +61,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
         ValueError: not an optimizer, already wrapped, or one whose step needs a closure.
     """
 
+    wraps_alone = True
+    """Whether it must not be the inner optimizer of another one."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(
                 f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, as torch.optim.AdamW(...)."
             )
-        if isinstance(optimizer, WrappedOptimizer):
+        if isinstance(optimizer, WrappedOptimizer) and optimizer.wraps_alone:
             raise ValueError(f"optimizer is already a {type(optimizer).__name__}; pass its .optimizer.")
         arguments = inspect.signature(optimizer.step).parameters.values()
         required = [
@@ -185,6 +188,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def _takes_found_inf(self) -> bool:
         """Whether the inner step can skip itself on the device."""
+        if isinstance(self.optimizer, WrappedOptimizer):
+            return self.optimizer._takes_found_inf()
         groups = self.param_groups
         if type(self.optimizer) not in FUSED or not all(group.get("fused") for group in groups):
             return False
