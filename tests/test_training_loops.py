@@ -246,6 +246,27 @@ def test_compiled_models_train_as_eager_ones(compiler, whole):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_inner_step(fused):
+    """Its batches that are not finite are skipped as ever."""
+    model, plain = Net(), Net()
+    optimizers = []
+    for net in (model, plain):
+        inner = torch.optim.AdamW(net.parameters(), 0.01, fused=fused)
+        optimizers.append(mtl.MultiTaskOptimizer(inner, "cagrad", shared=net.encoder.parameters()))
+    inner = optimizers[0].optimizer
+    inner.step = torch.compile(inner.step, backend="aot_eager")
+    for step in range(4):
+        factor = torch.nan if step == 2 else 1.0
+        infos = [
+            optimizer.step({task: loss * factor for task, loss in task_losses(net, step).items()})
+            for optimizer, net in zip(optimizers, (model, plain), strict=True)
+        ]
+        assert infos[0].skipped == infos[1].skipped == (step == 2)
+        for a, b in zip(values_of(model), values_of(plain), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 CALLS: dict[str, Callable] = {
     "multi-task": lambda o, net: o.step(task_losses(net)),
     "backward": lambda o, net: (o.accumulate(task_losses(net)), o.backward(task_losses(net)), o.step()),
