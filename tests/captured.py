@@ -99,6 +99,8 @@ class Loop:
                 result |= {f"{name} {key}": value for key, value in module.named_buffers()}
         if self.scaler is not None:
             result |= {"scale": self.scaler._scale, "growth": self.scaler._growth_tracker}
+        if self.call is into_kept_memory:
+            result |= {f".grad of {name}": p.grad for name, p in self.model.named_parameters()}
         return {name: value.detach() for name, value in result.items()}
 
 
@@ -125,6 +127,13 @@ def of_a_function(loop: Loop):
 
 def backward_and_step(loop: Loop):
     loop.optimizer.zero_grad()
+    info = loop.optimizer.backward(loop.losses())
+    loop.optimizer.step()
+    return info
+
+
+def into_kept_memory(loop: Loop):
+    loop.optimizer.zero_grad(set_to_none=False)
     info = loop.optimizer.backward(loop.losses())
     loop.optimizer.step()
     return info
@@ -167,6 +176,7 @@ LOOPS = {
     "drop_task": (multi("gradvac", on_nonfinite="drop_task"), whole),
     "loss.backward": (multi(gradients="backward"), whole),
     "backward": (multi(), backward_and_step),
+    "backward into kept .grad": (multi(), into_kept_memory),
     "accumulate": (multi("gradvac"), accumulating),
     "scaler": (multi("gradvac", max_norm=0.1), scaled, True),
     "scaler in three calls": (multi("gradvac"), scaled_in_three_calls, True),

@@ -179,6 +179,16 @@ def test_gradient_that_something_else_sees_is_copied():
     assert all(torch.equal(grad, value) for grad, value in kept)
 
 
+def test_gradients_whose_elements_share_memory():
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    assert torch.autograd.grad(weight.sum(), weight)[0].stride() == (0, 0)
+    optimizer = mtl.MultiTaskOptimizer(torch.optim.SGD([weight], 0.1), Given([1.0, 2.0]))
+    for _ in range(2):
+        optimizer.accumulate([weight.sum(), (weight * weight.detach()).sum()])
+    optimizer.backward([weight.sum(), weight.sum()])
+    assert torch.equal(weight.grad, 3 + 2 * (2 * weight.detach() + 1))
+
+
 # --- a GradScaler -----------------------------------------------------------------------------------------------------
 
 

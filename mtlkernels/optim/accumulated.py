@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..gradients import Rows, update_buffers
+from ..gradients import Rows, own_memory
 from .roles import Task
 
 
-class Batch(NamedTuple):
-    """What the backward passes of a batch, or of a micro-batch, give."""
+class MicroBatch(NamedTuple):
+    """What the backward passes of a micro-batch, or of a whole batch, give."""
 
     tasks: tuple[Task, ...]
     losses: list[Tensor | None]
@@ -37,20 +37,20 @@ class Accumulated(NamedTuple):
     """For each row: parameter -> the sum of its gradients, a buffer that keeps its address until the update."""
     scale: Tensor | None = None
 
-    def plus(self, batch: Batch) -> "Accumulated":
+    def plus(self, batch: MicroBatch) -> "Accumulated":
         """These sums and a micro-batch. A gradient that nobody else can see becomes the buffer, without a copy."""
         rows = self._sums(batch, in_place=True)
         pairs = [zip(params, row, strict=True) for params, row in zip(batch.params, rows, strict=True)]
         held = tuple({param: grad for param, grad in row if grad is not None} for row in pairs)
         return Accumulated(self.batches + 1, tuple(self._losses(batch)), held, batch.scale)
 
-    def added_to(self, batch: Batch) -> Batch:
+    def added_to(self, batch: MicroBatch) -> MicroBatch:
         """The last micro-batch with these sums, in its own memory: what is held stays, should the update fail."""
         if not self.batches:
             return batch
         return batch._replace(losses=self._losses(batch), rows=self._sums(batch, in_place=False))
 
-    def _sums(self, batch: Batch, in_place: bool) -> Rows:
+    def _sums(self, batch: MicroBatch, in_place: bool) -> Rows:
         """held * scale / scale before + gradient, in one pass.
 
         The quotient is 1 or a power of two of a ``GradScaler`` that was updated between; the host does not wait to know.
@@ -62,7 +62,7 @@ class Accumulated(NamedTuple):
         out: list[Tensor] = []
         for r, (row, params) in enumerate(zip(batch.rows, batch.params, strict=True)):
             sums: list[Tensor | None] = []
-            for param, grad, own in zip(params, row, update_buffers([row], params), strict=True):
+            for param, grad, own in zip(params, row, own_memory(row), strict=True):
                 before = self.rows[r].get(param) if self.batches else None
                 if before is None:
                     target = own if in_place else grad
@@ -83,7 +83,7 @@ class Accumulated(NamedTuple):
             ops.combine([held, added], torch.stack([now / before_now, one]), out=out)
         return result
 
-    def _losses(self, batch: Batch) -> list[Tensor | None]:
+    def _losses(self, batch: MicroBatch) -> list[Tensor | None]:
         before = self.losses or [None] * len(batch.losses)
         return [_total(*pair) for pair in zip(before, batch.losses, strict=True)]
 

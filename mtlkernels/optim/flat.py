@@ -11,7 +11,7 @@ from .. import ops
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
 from ..weightings import Weighting
-from .accumulated import Accumulated, Batch
+from .accumulated import Accumulated, MicroBatch
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
@@ -244,7 +244,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
     def _backward(  # type: ignore[override]
         self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot
     ) -> FlatInfo:
-        batch = self._batch(losses_fn, scaler, accumulate)
+        batch = self._micro_batch(losses_fn, scaler, accumulate)
         with torch.no_grad():
             batch = self._accumulated.added_to(batch)
             tasks, losses, rows, params, scale = batch
@@ -269,9 +269,9 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         self._note(info, shows_nan, decided=(scale is not None and accumulate) or self.on_nonfinite == "raise")
         return info
 
-    def _batch(  # type: ignore[override]
+    def _micro_batch(  # type: ignore[override]
         self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool
-    ) -> Batch:
+    ) -> MicroBatch:
         """The rows are K at the parameters, unless ``"direct"``, and K at perturbed ones; the losses 2K likewise."""
         check_function(losses_fn)
         statistics = self._statistics
@@ -285,7 +285,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         shared_rows = sam_rows if loss_rows is None else [*loss_rows, *sam_rows]
         there = [None if loss is None else value for loss, value in zip(losses, perturbed.unbind(), strict=True)]
         params = [inputs.shared for _ in shared_rows] + [inputs.own for _ in own_rows]
-        return Batch(tasks, [*losses, *there], [*shared_rows, *own_rows], params, scale)
+        return MicroBatch(tasks, [*losses, *there], [*shared_rows, *own_rows], params, scale)
 
     def _inputs(self, tasks: tuple[Task, ...]) -> Inputs:
         own, own_of_task = self._roles.own(tasks)

@@ -27,7 +27,7 @@ from ..gradients import (
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
-from .accumulated import Accumulated, Batch
+from .accumulated import Accumulated, MicroBatch
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
@@ -178,7 +178,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             As :meth:`backward`. Whatever is raised, the sums are as before, too.
         """
         with self._undone_on_error():
-            batch = self._batch(losses, scaler, accumulate=False)
+            batch = self._micro_batch(losses, scaler, accumulate=False)
             for task, row, params in zip(itertools.cycle(batch.tasks), batch.rows, batch.params, strict=False):
                 check_dense([task], [row], params, self.name_of)
             with torch.no_grad():
@@ -281,7 +281,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
         computes = self._held.left <= 0
-        batch = self._batch(losses, scaler, accumulate)
+        batch = self._micro_batch(losses, scaler, accumulate)
         with torch.no_grad():
             batch = self._accumulated.added_to(batch)
             tasks, ordered, rows, _, scale = batch
@@ -308,14 +308,14 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._note(info, shows_nan, decided=(scale is not None and accumulate) or self.on_nonfinite == "raise")
         return info
 
-    def _batch(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool) -> Batch:
+    def _micro_batch(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool) -> MicroBatch:
         """The gradients of a batch; ``accumulate``: they are to be added to ``.grad``."""
         tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
         shared = self._roles.shared
         own, own_of_task = self._roles.own(tasks)
         shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, self._held.left <= 0)
         params = [shared for _ in shared_rows] + [own for _ in own_rows]
-        return Batch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
+        return MicroBatch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
 
     def _begin(
         self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
