@@ -234,6 +234,20 @@ def update_buffers(rows: Sequence[Sequence[Tensor | None]], params: Sequence[Ten
     return buffers
 
 
+def own_memory(row: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """For each gradient of a row memory to sum into: its own where nobody else can see it, otherwise a new tensor like it.
+
+    Args:
+        row: N gradients; the list must hold the only reference of the caller.
+    """
+    result: list[Tensor | None] = []
+    for n in range(len(row)):
+        sole = row[n] is not None and _is_sole_reference(row, n)
+        grad = row[n]
+        result.append(None if grad is None else grad if sole and not overlaps_itself(grad) else torch.empty_like(grad))
+    return result
+
+
 def _own_or_new_buffer(row: Sequence[Tensor | None], n: int, param: Tensor) -> Tensor:
     sole = _is_sole_reference(row, n)  # before a local name refers to it
     grad = row[n]

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtlkernels as mtl
 from mtlkernels._library import NAMESPACE, REFERENCES
+from mtlkernels.weightings import REGISTRY
 
 DEVICE = "cuda" if torch.version.cuda else "meta"
 
@@ -30,7 +31,8 @@ WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 COPIES = ("copy_", "_to_copy", "to")
 
-KERNELS = {op for file in CSRC.glob("bindings/*_cuda.cpp") for op in re.findall(r'm\.impl\("(\w+)"', file.read_text())}
+BINDINGS = [*CSRC.glob("bindings/*_cuda.cpp"), CSRC / "bindings/kxk.h"]
+KERNELS = {op for file in BINDINGS for op in re.findall(r'm\.impl\("(\w+)"', file.read_text())}
 """Ops with a CUDA kernel. What their bindings call is asserted where the bindings run."""
 
 
@@ -73,7 +75,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
-def step(weighting: Any, fused: bool = True, **options: Any) -> mtl.optim.StepInfo:
+def step(weighting: Any, fused: bool = True, micro_batches: int = 1, **options: Any) -> mtl.optim.StepInfo:
     """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
@@ -88,6 +90,8 @@ def step(weighting: Any, fused: bool = True, **options: Any) -> mtl.optim.StepIn
             options = options | {"per": {"first": shared[:1]}}
         optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, **options)
         for _ in range(options.get("update_every", 1)):
+            for _ in range(micro_batches - 1):
+                optimizer.accumulate({task: empty().requires_grad_() for task in heads})
             info = optimizer.step({task: empty().requires_grad_() for task in heads})
         return info
 
@@ -107,6 +111,24 @@ OPTIONS = [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}, {"per": "channe
 def test_step_with_other_weightings_and_options(recorder, weighting, options):
     step(weighting, **options)
     assert recorder.reads == []
+
+
+NEEDS = {"cr_mogm": {"weighting": "mgda"}, "krum": {"n_byzantine": 0}}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"constant"}))  # which checks its weights on the host when it is made
+def test_every_weighting_and_micro_batches(recorder, name, micro_batches):
+    weighting = mtl.get_weighting(name, **NEEDS.get(name, {})).to(DEVICE)
+    recorder.reads.clear()  # its state has moved to the device, once
+    step(weighting, micro_batches=micro_batches)
+    assert recorder.reads == []
+
+
+def test_raise_reads_once(recorder):
+    with contextlib.suppress(*REFUSALS):
+        step("mean", on_nonfinite="raise")
+    assert len(recorder.reads) == 1
 
 
 @pytest.mark.parametrize("weighting", [pytest.param("cagrad", marks=pytest.mark.slow), "mgda", "pcgrad"])

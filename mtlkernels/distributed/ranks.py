@@ -30,12 +30,14 @@ class Ranks:
         is_first: whether this is the one whose random numbers count.
         scale: what a part is to be multiplied by: 1 / ``size`` where parts are sums over the ranks, of whose losses the
             gradient is the mean.
+        communicates: whether :meth:`scatter` moves gradients between ranks.
         hides_leaves: whether a parameter need not be the leaf of the graph that it is in (FSDP2).
     """
 
     size = 1
     is_first = True
     scale = 1.0
+    communicates = False
     hides_leaves = False
 
     def __init__(self, name: Callable[[Tensor], str] = str) -> None:

@@ -18,6 +18,7 @@ class Replicated(Ranks):
     tasks reach them, 2 where one does, in place of 2 K for an all-reduce of every row, and K rows never exist in full.
     """
 
+    communicates = True
     BUCKET = 25 * 2**20
     """Bytes of a row that one collective moves."""
 

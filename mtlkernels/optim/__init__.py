@@ -3,6 +3,7 @@
 from .flat import FlatInfo, FlatMinimaOptimizer
 from .groups import SelectiveGroupOptimizer
 from .info import GroupsInfo, PriorityInfo, StepInfo
+from .master import MasterWeights
 from .multitask import MultiTaskOptimizer
 from .priority import TaskPriorityOptimizer
 
@@ -10,6 +11,7 @@ __all__ = [
     "FlatInfo",
     "FlatMinimaOptimizer",
     "GroupsInfo",
+    "MasterWeights",
     "MultiTaskOptimizer",
     "PriorityInfo",
     "SelectiveGroupOptimizer",

@@ -12,6 +12,7 @@ from ..distributed import check_single_process
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
 from ..weightings import Weighting
+from .accumulated import Accumulated, MicroBatch
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
@@ -21,6 +22,7 @@ from .roles import Task
 from .skip import first_written
 from .statistics import RunningStatistics
 from .undo import Snapshot, load_buffers
+from .wrapper import eager
 
 Perturbation = Literal["task", "samo"]
 
@@ -180,13 +182,15 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
+    @eager
     def backward(  # type: ignore[override]  # a function instead of losses
         self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None = None
     ) -> FlatInfo:
         """Fills ``.grad``; adds to what is there, as ``loss.backward()`` does. Follow with ``step()``.
 
         Gradient accumulation: each call perturbs along, and combines, the gradients of its own part of the batch (the
-        m-sharpness of Foret et al. 2021), and the updates are added.
+        m-sharpness of Foret et al. 2021), and the updates are added. With :meth:`accumulate` each part still is perturbed on
+        its own, but gradients and flat parts are added up before they are combined, once.
 
         Args:
             losses_fn: the losses at the current parameters, {task: scalar loss} or a sequence, unscaled; called 1 + K times. Or
@@ -200,12 +204,33 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         with self._undone_on_error() as before:
             return self._backward(losses_fn, scaler, accumulate=True, kept=before)
 
-    def step(self, losses_fn: LossesFn | None = None, *, closure: LossesFn | None = None) -> FlatInfo | None:  # type: ignore[override]
+    def accumulate(  # type: ignore[override]
+        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """Adds a part of the batch to the next update, as :meth:`MultiTaskOptimizer.accumulate`: K gradients and K flat parts.
+
+        Args:
+            losses_fn: as in :meth:`backward`; perturbed along the gradients of this part.
+            scaler: as there.
+
+        Raises:
+            As :meth:`backward`.
+        """
+        super().accumulate(losses_fn, scaler)  # type: ignore[arg-type]
+
+    def step(  # type: ignore[override]
+        self,
+        losses_fn: LossesFn | None = None,
+        *,
+        closure: LossesFn | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> FlatInfo | None:
         """One optimization step.
 
         Args:
             losses_fn: as in :meth:`backward`, whose result then replaces ``.grad``. None: steps from ``.grad``.
             closure: ``losses_fn`` under the name that callers of torch optimizers use.
+            scaler: as of :meth:`MultiTaskOptimizer.step`.
 
         Returns:
             The update's info; None without ``losses_fn``.
@@ -213,7 +238,8 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         Raises:
             As :meth:`backward`. An exception of the inner optimizer's step leaves what that had changed by then changed.
         """
-        return super().step(losses_fn, closure=closure)  # type: ignore[arg-type]
+        inherited: Any = super().step
+        return inherited(losses_fn, closure=closure, scaler=scaler)
 
     step.hooked = True  # type: ignore[attr-defined]  # the inherited one runs the step hooks
 
@@ -223,31 +249,48 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
     def _backward(  # type: ignore[override]
         self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot
     ) -> FlatInfo:
+        batch = self._micro_batch(losses_fn, scaler, accumulate)
+        with torch.no_grad():
+            batch = self._accumulated.added_to(batch)
+            tasks, losses, rows, params, scale = batch
+            count, shared, own = len(tasks), params[0], params[-1]
+            losses, perturbed = losses[:count], losses[count:]
+            shared_rows, own_rows = rows[:-count], rows[-count:]
+            if all(loss is not None for loss in losses):
+                self._check_reached(shared_rows[-count:], shared)
+            info, applied, own_weights = self._solve_flat(tasks, losses, shared_rows, own_rows, own, scale, kept)
+            info.perturbed_losses = self._loss_values(perturbed)[0]
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            if scale is not None and not accumulate:
+                applied, own_weights, weighted = applied / scale, own_weights / scale, True
+            buffers = update_buffers(shared_rows, shared)
+            ops.combine(shared_rows, applied, out=buffers)
+            shows_nan = first_written(shared, buffers)
+            own_buffers = update_buffers(own_rows, own)
+            own_buffers = combine_own(own_rows, own_buffers, own_weights, weighted or shows_nan is None)
+            shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
+            self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
+        self._accumulated = Accumulated()
+        self._note(info, shows_nan, scaled=scale is not None and accumulate)
+        return info
+
+    def _micro_batch(  # type: ignore[override]
+        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, last: bool = False
+    ) -> MicroBatch:
+        """The rows are K at the parameters, unless ``"direct"``, and K at perturbed ones; the losses 2K likewise."""
         check_function(losses_fn)
         statistics = self._statistics
         tasks, losses, scaled, scale = self._begin(call(losses_fn), scaler, accumulate)
         statistics.keep()
         inputs = self._inputs(tasks)
         passes = Passes(self._settings(), losses_fn, tasks, inputs, statistics, None if scale is None else scaler)
-        gradients = passes.along_tasks(scaled) if self.perturbation == "task" else passes.samo(losses)
-        loss_rows, sam_rows, own_rows, at_perturbed = gradients
-        del gradients, passes  # the rows must hold the only references: update_buffers writes into what nobody else sees
-        if all(loss is not None for loss in losses):
-            self._check_reached(sam_rows, inputs.shared)
-        with torch.no_grad():
-            info, applied, own_weights = self._solve_flat(tasks, losses, loss_rows, sam_rows, own_rows, inputs.own, scale, kept)
-            info.perturbed_losses = at_perturbed
-            rows = sam_rows if loss_rows is None else [*loss_rows, *sam_rows]
-            del loss_rows, sam_rows
-            buffers = update_buffers(rows, inputs.shared)
-            ops.combine(rows, applied, out=buffers)
-            shows_nan = first_written(inputs.shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
-            own_buffers = combine_own(own_rows, update_buffers(own_rows, inputs.own), own_weights, weighted)
-            shows_nan = first_written(inputs.own, own_buffers) if shows_nan is None else shows_nan
-            self._fill([*inputs.shared, *inputs.own], [*buffers, *own_buffers], accumulate)
-        self._note(info, shows_nan, scale)
-        return info
+        loss_rows, sam_rows, own_rows, perturbed = (
+            passes.along_tasks(scaled) if self.perturbation == "task" else passes.samo(losses)
+        )
+        shared_rows = sam_rows if loss_rows is None else [*loss_rows, *sam_rows]
+        there = [None if loss is None else value for loss, value in zip(losses, perturbed.unbind(), strict=True)]
+        params = [inputs.shared for _ in shared_rows] + [inputs.own for _ in own_rows]
+        return MicroBatch(tasks, [*losses, *there], [*shared_rows, *own_rows], params, scale)
 
     def _inputs(self, tasks: tuple[Task, ...]) -> Inputs:
         own, own_of_task = self._roles.own(tasks)
@@ -278,14 +321,14 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         self,
         tasks: tuple[Task, ...],
         losses: Sequence[Tensor | None],
-        loss_rows: Rows | None,
-        sam_rows: Rows,
+        shared_rows: Rows,
         own_rows: Rows,
         own: list[Tensor],
         scale: Tensor | None,
         kept: Snapshot,
     ) -> tuple[FlatInfo, Tensor, Tensor]:
         """On the device: the info, the weights to apply to the rows, [2K] or [N, 2K] (K if direct), and the heads', [K]."""
+        loss_rows, sam_rows = shared_rows[: -len(tasks)], shared_rows[-len(tasks) :]
         grams = self._grams(loss_rows, sam_rows)
         own_gram = cast(Tensor, ops.gram(own_rows)).to(self.device) if own else None
         if scale is not None:
@@ -324,10 +367,10 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             kept.restore_buffers_unless(usable)
         return info, *weights
 
-    def _grams(self, loss_rows: Rows | None, sam_rows: Rows) -> list[Tensor]:
+    def _grams(self, loss_rows: Rows, sam_rows: Rows) -> list[Tensor]:
         """Of the gradients at perturbed parameters alone; or of the gradients, of the flat parts, and of one with the other."""
         per = cast(Literal["model", "tensor"], self.per)
-        if loss_rows is None:
+        if not loss_rows:
             return [cast(Tensor, ops.gram(sam_rows, per=per)).to(self.device)]
         return [part.to(self.device) for part in flat_gram(loss_rows, sam_rows, per=per)]
 

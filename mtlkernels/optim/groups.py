@@ -197,7 +197,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             losses_fn: the losses of this batch at the current parameters, {task: scalar} or a sequence, unscaled; called once a
                 visit. A task that is missing or None is absent: it is no member of its group in this batch, and its
                 affinities stay. The same tasks must be there in every visit of a batch.
-            scaler: scales each visit's loss; each visit is one ``scaler.step`` and ``scaler.update``.
+            scaler: scales each visit's loss, and is updated after each visit.
 
         Raises:
             ValueError: losses that do not fit, or other than the first visit's.
@@ -289,13 +289,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         assert self.tasks is not None
         chosen = {self.tasks[k]: loss for k, loss in zip(group, losses, strict=True)}
         self._multi.tasks = self.tasks
-        if scaler is None:
-            step = self._multi.step(chosen)
-        else:
-            self._multi.zero_grad()
-            step = self._multi.backward(chosen, scaler)
-            scaler.step(self._multi)
-            scaler.update()
+        step = self._multi.step(chosen, scaler=scaler)
         info.host_reads += step.host_reads
         info.steps.append(step)
         return step.skipped

@@ -1,5 +1,6 @@
 """The multi-task optimizer: task losses in, one combined gradient and a torch optimizer's step out."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast, get_args, overload
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..distributed import ranks_of
 from ..gradients import (
     SOURCES,
+    Received,
     Rows,
     Source,
     add_to_grad,
@@ -26,16 +28,17 @@ from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import Weighting, as_weighting
 from ..weightings.seeded import SeededWeighting
+from .accumulated import Accumulated, MicroBatch
 from .compare import step_entries
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
 from .one_pass import backward_of_losses, check_loss_only, observe
 from .roles import Roles, Task
-from .scaler import enabled_scaler
+from .scaler import check_not_float16, enabled_scaler, update_scale
 from .skip import SkipFlag, first_written
 from .undo import Snapshot, load_buffers
-from .wrapper import WrappedOptimizer, with_step_hooks
+from .wrapper import WrappedOptimizer, eager, with_step_hooks
 
 Nonfinite = Literal["skip", "drop_task", "raise"]
 
@@ -68,8 +71,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             backward passes. Those between take one of the weighted sum of the losses with the last weights; a head still gets
             its own task's gradient, from the part of the graph above it (in a compiled model nothing can be left out). A task
             keeps the weight of the last update that had it, finite, and 1 / K until then. With ``per="model"`` only.
-        max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. With
-            gradient accumulation each ``backward`` clips its own update.
+        max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. Each
+            ``backward`` clips its own update; what :meth:`accumulate` has added up is part of it.
         on_nonfinite: what a gradient that is not finite does. ``"skip"``: the step changes nothing, nor does the weighting's
             state. ``"drop_task"``: the task counts as absent, but its head gets a zero gradient, since the host does not know;
             a step with no finite task left is skipped; between updates of the weights tasks cannot be told apart, and the step
@@ -150,9 +153,11 @@ class MultiTaskOptimizer(WrappedOptimizer):
         """Drops what belongs to the update in progress."""
         self._skip = SkipFlag()
         self._info: StepInfo | None = None
+        self._accumulated = Accumulated()
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
+    @eager
     def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
@@ -173,18 +178,63 @@ class MultiTaskOptimizer(WrappedOptimizer):
         with self._undone_on_error() as before:
             return self._backward(losses, scaler, accumulate=True, kept=before)
 
+    @eager
+    def accumulate(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> None:
+        """Adds a micro-batch to the next update: to the gradient of each task, before weights are computed.
+
+        Call it for every micro-batch but the last, whose losses go to ``backward`` or ``step``. That update is the one of a
+        single batch whose losses are the sums of those passed: the Gram, the weights, the clipping and ``info.losses`` are of
+        the sums. Nothing is averaged; for losses that are means, divide by the number of micro-batches, as for
+        ``loss.backward()``. A task may be absent from some micro-batches; it is absent from the update if it was from all.
+
+        Holds a gradient for each task and parameter (between updates of the weights one for all tasks), and as much again while
+        a micro-batch is added. ``.grad`` is left alone. ``zero_grad()`` drops the sums, and they are no part of the state dict.
+        A gradient that is not finite shows in the update, as ``on_nonfinite`` says.
+
+        Args:
+            losses: as in :meth:`backward`.
+            scaler: as there; call its ``update()`` after the step. Sums follow a scale that has changed nevertheless.
+
+        Raises:
+            As :meth:`backward`. Whatever is raised, the sums are as before, too.
+        """
+        if self._one_pass:
+            raise ValueError(
+                f"accumulate adds up the gradients of tasks, and {type(self.weighting).__name__} weighs losses; call backward "
+                "for every micro-batch."
+            )
+        with self._undone_on_error():
+            batch = self._micro_batch(losses, scaler, accumulate=False)
+            for task, row, params in zip(itertools.cycle(batch.tasks), batch.rows, batch.params, strict=False):
+                check_dense([task], [row], params, self.name_of)
+            with torch.no_grad():
+                self._accumulated = self._accumulated.plus(batch)
+            self.tasks = batch.tasks
+
     @overload  # type: ignore[override]  # losses instead of a closure that returns a number
     def step(self, losses: None = None, *, closure: None = None) -> None: ...
 
     @overload
-    def step(self, losses: Losses | Callable[[], Losses], *, closure: None = None) -> StepInfo: ...
+    def step(
+        self,
+        losses: Losses | Callable[[], Losses],
+        *,
+        closure: None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> StepInfo: ...
 
     @overload
-    def step(self, losses: None = None, *, closure: Callable[[], Losses]) -> StepInfo: ...
+    def step(
+        self, losses: None = None, *, closure: Callable[[], Losses], scaler: torch.amp.GradScaler | None = None
+    ) -> StepInfo: ...
 
     @with_step_hooks
     def step(
-        self, losses: Losses | Callable[[], Losses] | None = None, *, closure: Callable[[], Losses] | None = None
+        self,
+        losses: Losses | Callable[[], Losses] | None = None,
+        *,
+        closure: Callable[[], Losses] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -193,19 +243,30 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 weighting that ``observes`` runs again after the step. None: steps from ``.grad`` as :meth:`backward` or the
                 caller left it.
             closure: the closure under the name that callers of torch optimizers use.
+            scaler: scales the losses, and is updated after the step; leave out ``scaler.step`` and ``scaler.update``. The
+                update is unscaled as it is combined, and the Gram's diagonal tells an overflow, so that nothing reads the
+                gradients for the scaler. ``.grad`` is left unscaled.
 
         Returns:
             The update's info; None without losses.
 
         Raises:
-            As :meth:`backward`, and a ``ValueError`` for both losses and a closure. An exception of the inner optimizer's
-            step puts ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
+            As :meth:`backward`, and a ``ValueError`` for both losses and a closure, or for no losses after
+            :meth:`accumulate`, whose sums no update has used. An exception of the inner optimizer's step puts
+            ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
         """
         if closure is not None:
             if losses is not None:
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
+            if scaler is not None:
+                raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
+            if self._accumulated.batches:
+                raise ValueError(
+                    f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
+                    "pass the last micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
+                )
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
@@ -214,9 +275,14 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if callable(losses):
             closure = losses
             losses = cast(Losses, self._evaluated(losses))
+        scaler = enabled_scaler(scaler, self.on_nonfinite)
+        if scaler is not None:
+            check_not_float16(self.params)
         with self._undone_on_error() as before:
-            info = self._backward(losses, None, accumulate=False, kept=before)
+            info = self._backward(losses, scaler, accumulate=False, kept=before)
             info.host_reads += self._step_inner(self._skip.on_device())
+            if scaler is not None:
+                update_scale(scaler, info.skipped)
         self._forget()
         if closure is not None and self.weighting.observes:
             observe(self, closure, info.tasks)
@@ -244,35 +310,59 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._roles = roles.refreshed(self.params, shared)
 
     def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
-        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
         if self._one_pass:
-            return backward_of_losses(self, tasks, ordered, scaled, scale, accumulate, kept)
-        ranks, roles = self.ranks, self._roles
-        shared = roles.shared
-        own, own_of_task = roles.own(tasks)
-        computes, complete = self._held.left <= 0, all(loss is not None for loss in ordered)
-        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
-        if complete:
-            self._check_reached(shared_rows, shared)
+            return backward_of_losses(self, *self._begin(losses, scaler, accumulate), accumulate, kept)
+        computes, ranks = self._held.left <= 0, self.ranks
+        batch = self._micro_batch(losses, scaler, accumulate, last=True)
         with torch.no_grad():
+            tasks, ordered, rows, params, scale = self._accumulated.added_to(batch)
+            if self._accumulated.batches and ranks.communicates:
+                rows = [self._scatter_row(*row) for row in zip(rows, params, strict=True)]
+                ranks.wait()
+            roles = self._roles
+            shared, own = roles.shared, roles.own(tasks)[0]
+            shared_rows, own_rows = rows[: -len(tasks)], rows[-len(tasks) :]
+            complete = all(loss is not None for loss in ordered)
+            if complete:
+                self._check_reached(shared_rows, shared)
             problems = Problems(self.per or roles.group_of_shared(), shared)
             gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
             values, present = self._loss_values(ordered)
             gram, own_gram, values, seed = ranks.decisive(gram, own_gram, values, self._seed(computes))
             solve = self._solve if computes else self._keep
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1
             info, applied, own_weights = solve(_Batch(tasks, values, present, complete, seed), gram, own_gram, kept)
             if self._compares:
                 ranks.require_equal({"weights": (None, tuple(info.weights.flatten().tolist()))})
+            if scale is not None and not accumulate:
+                applied, own_weights, weighted = applied / scale, own_weights / scale, True
             buffers = ranks.buffers(shared_rows, shared)
             problems.combine(shared_rows, ranks.scaled(applied), buffers)
             shows_nan = first_written(shared, buffers)
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None or ranks.scale != 1
-            own_buffers = combine_own(own_rows, ranks.buffers(own_rows, own), ranks.scaled(own_weights), weighted)
+            own_buffers = ranks.buffers(own_rows, own)
+            own_buffers = combine_own(own_rows, own_buffers, ranks.scaled(own_weights), weighted or shows_nan is None)
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
-            params = [*shared, *own]
-            self._fill(params, ranks.gather([*buffers, *own_buffers], params), accumulate)
-        self._note(info, shows_nan, scale)
+            every = [*shared, *own]
+            self._fill(every, ranks.gather([*buffers, *own_buffers], every), accumulate)
+        self._accumulated = Accumulated()
+        self._note(info, shows_nan, scaled=scale is not None and accumulate)
         return info
+
+    def _micro_batch(
+        self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, last: bool = False
+    ) -> MicroBatch:
+        """The gradients of a batch; ``accumulate``: they are to be added to ``.grad``.
+
+        Those of a batch in one piece are this rank's part of them, on their way while the next task's are computed.
+        """
+        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        shared = self._roles.shared
+        own, own_of_task = self._roles.own(tasks)
+        whole = self.ranks.communicates and (not last or self._accumulated.batches > 0)
+        received: Received = (lambda row, _: row) if whole else self._scatter_row
+        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, self._held.left <= 0, received)
+        params = [shared for _ in shared_rows] + [own for _ in own_rows]
+        return MicroBatch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
 
     def _begin(
         self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
@@ -322,10 +412,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 param.grad = None
         add_to_grad(params, grads)
 
-    def _note(self, info: StepInfo, shows_nan: Tensor | None, scale: Tensor | None) -> None:
-        """Notes the update for the step that follows. With a ``scale`` the scaler decides whether it is skipped."""
+    def _note(self, info: StepInfo, shows_nan: Tensor | None, scaled: bool) -> None:
+        """Notes the update for the step that follows. ``scaled``: it is left scaled, and the scaler decides about a skip."""
         self.tasks, self._info, self._compares = info.tasks, info, self.check_ranks and self.ranks.size > 1
-        if scale is not None or self.on_nonfinite == "raise":
+        if scaled or self.on_nonfinite == "raise":
             self._skip = SkipFlag()
         elif shows_nan is not None:
             self._skip = self._skip.with_update(shows_nan, info.skipped)
@@ -343,6 +433,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         own: list[Tensor],
         own_of_task: list[list[int]],
         computes: bool,
+        received: Received,
     ) -> tuple[Rows, Rows]:
         """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
 
@@ -352,7 +443,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
         bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
         if computes:
-            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, self._scatter_row)
+            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, received)
             shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
         else:
@@ -361,8 +452,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
             row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients, hidden)
-            own_grads = [self._scatter_row(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
-            shared_rows = [_scatter(self._scatter_row(row, bodies), live, len(shared))]
+            own_grads = [received(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
+            shared_rows = [_scatter(received(row, bodies), live, len(shared))]
         self.ranks.wait()
         own_rows = [_scatter(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
@@ -488,12 +579,12 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def _undone_on_error(self) -> Iterator[Snapshot]:
         """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
         before = Snapshot(self.params, self.weighting)
-        own = self.tasks, self._skip, self._info, self._roles, self._held
+        own = self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated
         try:
             yield before
         except BaseException:
             before.restore()
-            self.tasks, self._skip, self._info, self._roles, self._held = own
+            self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated = own
             raise
 
     # --- checkpoints -----------------------------------------------------------------------------------------------------

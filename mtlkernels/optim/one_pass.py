@@ -75,12 +75,13 @@ def backward_of_losses(
         info = StepInfo(tasks, values, None, weights, present, update)
         usable = square[0, 0] < torch.inf
         applied, _ = optimizer._checked(info, update, (ones, ones), values.isfinite() | ~present, usable)
+        applied = applied if scale is None or accumulate else applied / scale
         if optimizer.on_nonfinite != "raise":
             kept.restore_buffers_unless(usable)
         buffers = ranks.buffers(rows, params)
         problems.combine(rows, ranks.scaled(applied), buffers)
         optimizer._fill(params, ranks.gather(buffers, params), accumulate)
-        optimizer._note(info, first_written(params, buffers), scale)
+        optimizer._note(info, first_written(params, buffers), scaled=scale is not None and accumulate)
     return info
 
 

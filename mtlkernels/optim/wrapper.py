@@ -4,20 +4,21 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..task_losses import stack_losses
 
-Step = TypeVar("Step", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 """Optimizers whose ``fused=True`` step takes ``found_inf`` and then changes nothing, without a host read."""
 
 
-def with_step_hooks(step: Step) -> Step:
+def with_step_hooks(step: Function) -> Function:
     """Runs the step hooks registered on the wrapper around ``step``.
 
     Takes the place of torch's own decorator: hooks registered for all optimizers and the profiler's run in the inner
@@ -38,7 +39,15 @@ def with_step_hooks(step: Step) -> Step:
         return result
 
     hooked.hooked = True  # type: ignore[attr-defined]  # tells torch not to add its own decorator
-    return hooked  # type: ignore[return-value]
+    return cast(Function, eager(hooked))
+
+
+def eager(function: Function) -> Function:
+    """Makes torch.compile leave a function that takes gradients as it is: one graph break around it, none inside.
+
+    Traced in pieces, it would see other reference counts and autograd graphs than it needs.
+    """
+    return cast(Function, _disable_dynamo(function))  # torch.compiler.disable, but imports the compiler on the first call only
 
 
 class WrappedOptimizer(torch.optim.Optimizer):
@@ -54,12 +63,15 @@ class WrappedOptimizer(torch.optim.Optimizer):
         ValueError: not an optimizer, already wrapped, or one whose step needs a closure.
     """
 
+    wraps_alone = True
+    """Whether it must not be the inner optimizer of another one."""
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(
                 f"optimizer is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, as torch.optim.AdamW(...)."
             )
-        if isinstance(optimizer, WrappedOptimizer):
+        if isinstance(optimizer, WrappedOptimizer) and optimizer.wraps_alone:
             raise ValueError(f"optimizer is already a {type(optimizer).__name__}; pass its .optimizer.")
         arguments = inspect.signature(optimizer.step).parameters.values()
         required = [
@@ -176,6 +188,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def _takes_found_inf(self) -> bool:
         """Whether the inner step can skip itself on the device."""
+        if isinstance(self.optimizer, WrappedOptimizer):
+            return self.optimizer._takes_found_inf()
         groups = self.param_groups
         if type(self.optimizer) not in FUSED or not all(group.get("fused") for group in groups):
             return False
