@@ -187,7 +187,8 @@ def perturb_(
 
     The parameters get other memory, which holds theta + eps, and theta stays where it is: :func:`restore_` gives it back, to
     the bit and without a copy. That moves the least there is: one read of the gradients for the norm (adaptive: of both), then
-    one read of both and one write. Code that keeps the address of a parameter (a captured CUDA graph) does not see eps.
+    one read of both and one write. Code that keeps the address of a parameter (a captured CUDA graph) does not see eps. In a
+    graph of torch.compile theta is copied, and the parameters are restored to that copy.
 
     Args:
         params: N floating-point tensors.
@@ -207,7 +208,8 @@ def perturb_(
     sizes = [len(params)] if groups is None else list(groups)
     radius = [float(r) for r in rho] if isinstance(rho, Sequence) else [float(rho)] * len(sizes)
     _check_arguments(params, grads, sizes, radius, buffers)
-    originals = [p.detach() for p in params]
+    # What a graph of torch.compile returns as theirs is the parameters' memory as of its end: it would be theta + eps.
+    originals = [p.clone() if torch.compiler.is_compiling() else p.detach() for p in params]
     keep = [n for n, grad in enumerate(grads) if grad is not None]
     if not keep:
         return originals
@@ -232,7 +234,10 @@ def perturb_(
 
 
 def restore_(params: Sequence[Tensor], originals: Sequence[Tensor]) -> None:
-    """Gives parameters the memory back that :func:`perturb_` returned. Cannot fail half-way; nothing is copied."""
+    """Gives parameters the memory back that :func:`perturb_` returned. Cannot fail half-way; nothing is copied.
+
+    Backward passes of what was computed at theta + eps come before it: autograd keeps the parameters, not copies of them.
+    """
     for param, original in zip(params, originals, strict=True):
         param.data = original
     torch.clear_autocast_cache()

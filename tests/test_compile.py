@@ -102,6 +102,47 @@ def test_buffers_in_a_graph(backend, target):
     assert_combined([t / 2 for t in doubled], models, weights)
 
 
+@pytest.mark.parametrize("graphs", ["one graph", "two graphs", "perturb_ alone", "restore_ alone"])
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_perturbed_parameters_in_a_graph(backend, compiler, graphs):
+    """Whatever is compiled: the loss sees theta + eps, and theta is back afterwards, to the bit."""
+
+    def perturb(params, grads):
+        return mtl.perturb_(params, grads, [0.1, 0.2], adaptive=True, groups=[1, 2])
+
+    def loss(params):
+        return sum((p**3).sum() for p in params)
+
+    def whole(params, grads):
+        originals = perturb(params, grads)
+        value = loss(params).detach()
+        mtl.restore_(params, originals)
+        return value
+
+    def compiled(function, *which):
+        return torch.compile(function, backend=compiler, fullgraph=True) if graphs in which else function
+
+    (theta,), (row,) = random_gradients(1, [(4, 3), (5,), (2, 2)]), random_gradients(1, [(4, 3), (5,), (2, 2)], seed=1)
+    grads = [*row[:2], None]
+    params, expected = ([torch.nn.Parameter(t.clone()) for t in theta] for _ in range(2))
+    kept = perturb(expected, grads)
+    at_perturbed = torch.autograd.grad(loss(expected), expected)
+    for _ in range(2):
+        if graphs == "one graph":
+            value = compiled(whole, "one graph")(params, grads)
+        else:
+            originals = compiled(perturb, "two graphs", "perturb_ alone")(params, grads)
+            torch.testing.assert_close(params, expected)
+            value = loss(params)
+            torch.testing.assert_close(torch.autograd.grad(value, params), at_perturbed)
+            compiled(mtl.restore_, "two graphs", "restore_ alone")(params, originals)
+        torch.testing.assert_close(value, loss(expected))
+        for param, t in zip(params, theta, strict=True):
+            assert torch.equal(param, t)
+            assert param.is_leaf
+    mtl.restore_(expected, kept)
+
+
 def test_derivatives_in_a_graph(backend):
     grads = random_gradients(2, [(4, 3), (5,)], torch.float64)
     leaves = [g.requires_grad_() for row in grads for g in row]

@@ -150,6 +150,31 @@ def test_running_statistics_move_in_clean_passes_only(given, mapping):
     assert not torch.equal(statistics_of(model)[0], statistics_of(NormNet())[0])
 
 
+class Replacing(torch.nn.Module):
+    """A norm that puts another tensor in the place of its buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.running_mean = 0.9 * self.running_mean + 0.1 * x.detach().mean(0)
+        return x - x.mean(0)
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["found", "module"])
+def test_running_statistics_in_new_tensors(given):
+    models = [NormNet(), NormNet()]
+    for model in models:
+        model.encoder[1] = Replacing(5)
+    task_losses(models[1])
+    buffer = models[0].encoder[1].running_mean
+    optimizer = make(models[0], module=models[0] if given else None)
+    optimizer.step(lambda: task_losses(models[0]))
+    assert torch.equal(buffer, models[1].encoder[1].running_mean)
+    assert models[0].encoder[1].running_mean is buffer
+
+
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
 def test_a_compiled_model_must_be_named():
     model = NormNet()

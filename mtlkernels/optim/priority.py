@@ -32,7 +32,8 @@ from .info import PriorityInfo
 from .losses import Closures, check_loss, loaded_names, order_closures, task_names
 from .phases import Draw, Mode, Phases
 from .scaler import enabled_scaler
-from .undo import Snapshot, Statistics, load_buffers
+from .statistics import RunningStatistics
+from .undo import Snapshot, load_buffers
 from .visits import BatchSnapshot, visit
 from .wrapper import WrappedOptimizer, with_step_hooks
 
@@ -409,15 +410,15 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         return torch.nn.Module() if self.weighting is None else self.weighting
 
     @contextmanager
-    def _undone_on_error(self) -> Iterator[tuple[Snapshot, Statistics]]:
+    def _undone_on_error(self) -> Iterator[tuple[Snapshot, RunningStatistics]]:
         """Puts ``.grad``, the weighting's state, running statistics and what was found back when the block raises."""
-        before, statistics = Snapshot(self.params, self._state_of_weighting), Statistics(self.model)
+        before = Snapshot(self.params, self._state_of_weighting)
         found = self._layers, dict(self._found)
         try:
-            yield before, statistics
+            with RunningStatistics(self.model).watched() as statistics:
+                yield before, statistics
         except BaseException:
             before.restore()
-            statistics.restore()
             self._layers, self._found = found
             raise
 

@@ -1,4 +1,4 @@
-"""Running statistics of norms in forward passes that must leave no trace."""
+"""Putting back the running statistics of norms."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ RUNNING = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class RunningStatistics:
-    """Copies of the running statistics of all norms that a step runs.
+    """The running statistics of norms, kept in one flat tensor for each dtype and device.
 
     Args:
         module: the model. None: norms are found as they are first called, in eager mode, by a hook that all modules run.
@@ -22,9 +22,7 @@ class RunningStatistics:
     def __init__(self, module: torch.nn.Module | None) -> None:
         self._module = module
         self._seen: dict[int, torch.nn.Module] = {}  # holds them, so that no other module gets an id
-        self._places: list[tuple[torch.nn.Module, str, Tensor]] = []
-        self._first: list[Tensor] = []  # copies as of the beginning
-        self._kept: list[Tensor] = []  # and as of the last keep()
+        self._groups: list[_Group] = []
 
     @contextmanager
     def watched(self) -> Iterator["RunningStatistics"]:
@@ -37,7 +35,8 @@ class RunningStatistics:
         try:
             yield self
         except BaseException:
-            self._put_back(self._first)
+            for group in self._groups:
+                group.write(group.first)
             raise
         finally:
             if hook is not None:
@@ -45,23 +44,24 @@ class RunningStatistics:
 
     def keep(self) -> None:
         """Makes what the statistics are now what :meth:`restore` gives back."""
-        self._kept = [buffer.clone() for _, _, buffer in self._places]
+        for group in self._groups:
+            group.kept = group.read()
 
-    def restore(self) -> None:
-        """Puts the statistics back as of the last :meth:`keep`; those of a norm first called since, as before that call."""
-        self._put_back([*self._kept, *self._first[len(self._kept) :]])
+    def restore(self, unless: Tensor | None = None) -> None:
+        """Puts the statistics back as of the last :meth:`keep`; those of a norm found since, as they were then.
 
-    @torch.no_grad()
-    def _put_back(self, copies: list[Tensor]) -> None:
-        for (owner, name, buffer), copy in zip(self._places, copies, strict=True):
-            buffer.copy_(copy)
-            owner._buffers[name] = buffer
+        Where there is a bool scalar ``unless`` only if it is false, which is not read on the host.
+        """
+        for group in self._groups:
+            kept = group.kept
+            group.write(kept if unless is None else torch.where(unless.to(kept.device), group.read(), kept))
 
     def _see(self, module: torch.nn.Module, args: Any = None) -> None:
         if id(module) in self._seen:
             return
         if self._module is None and type(module).__name__ == "OptimizedModule":
             raise ValueError("norms inside a compiled model cannot be found while it runs; pass module=model.")
+        found: dict[tuple[torch.dtype, torch.device], list[tuple[torch.nn.Module, str, Tensor]]] = {}
         for child in module.modules():
             if id(child) in self._seen:
                 continue
@@ -69,5 +69,26 @@ class RunningStatistics:
             for name in RUNNING:
                 buffer = child._buffers.get(name)
                 if buffer is not None:
-                    self._places.append((child, name, buffer))
-                    self._first.append(buffer.clone())
+                    found.setdefault((buffer.dtype, buffer.device), []).append((child, name, buffer))
+        self._groups += map(_Group, found.values())
+
+
+class _Group:
+    """Buffers of one dtype and device, found together; ``first`` and ``kept``: their values then, and as of the last keep."""
+
+    def __init__(self, places: list[tuple[torch.nn.Module, str, Tensor]]) -> None:
+        self._places = places
+        self.first = self.kept = self.read()
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """The values now, flat; a norm may have put another tensor in the place of the buffer."""
+        return torch.cat([getattr(owner, name).flatten() for owner, name, _ in self._places])
+
+    @torch.no_grad()
+    def write(self, values: Tensor) -> None:
+        buffers = [buffer for _, _, buffer in self._places]
+        parts = values.split([b.numel() for b in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
+        for owner, name, buffer in self._places:
+            owner._buffers[name] = buffer

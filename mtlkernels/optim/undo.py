@@ -5,9 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-RUNNING = ("running_mean", "running_var", "num_batches_tracked")
-"""Buffers that a norm updates in its forward pass."""
-
 
 class Snapshot:
     """The ``.grad`` references of parameters, the buffers of a module and the state of its random generators, as they are now.
@@ -50,31 +47,6 @@ class Snapshot:
                 current = module._buffers.get(name)
                 if current is not None and (current.shape == value.shape or value.dim() == 0):
                     current.copy_(torch.where(keep, current, value))
-
-
-class Statistics:
-    """Copies of the running statistics of a model's norms, one flat tensor for each dtype and device."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for module in model.modules():
-            for name in RUNNING:
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    groups.setdefault((buffer.dtype, buffer.device), []).append(buffer)
-        self._groups = [(buffers, _flat(buffers)) for buffers in groups.values()]
-
-    @torch.no_grad()
-    def restore(self, unless: Tensor | None = None) -> None:
-        """Puts them back, where there is a bool scalar ``unless`` only if it is false, which is not read on the host."""
-        for buffers, before in self._groups:
-            values = before if unless is None else torch.where(unless.to(before.device), _flat(buffers), before)
-            parts = values.split([b.numel() for b in buffers])
-            torch._foreach_copy_(buffers, [part.view_as(b) for part, b in zip(parts, buffers, strict=True)])
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.detach().flatten() for t in tensors])
 
 
 def load_buffers(module: torch.nn.Module, state: dict[str, Tensor], device: torch.device) -> None:
