@@ -56,9 +56,10 @@ def backward_of_losses(
     with torch.no_grad():
         values, present = optimizer._loss_values(losses)
         gram = values.new_zeros(2 * values.shape)
+        unscale = torch.ones_like(gram[0, 0]) if scale is None else scale.double() ** -2
         if layer:
             ranks.wait()
-            gram, _ = optimizer._squares(tasks, Problems("model", layer), layer_rows, [], [], scale)
+            gram = optimizer._gram(Problems("model", layer), layer_rows, layer, tasks) * unscale
         gram, _, values, seed = ranks.decisive(gram, None, values, optimizer._seed(True))
         missing = any(loss is None for loss in losses)
         known = torch.where(present, values, 0.0)
@@ -68,8 +69,7 @@ def backward_of_losses(
         rows, problems = [received(row, params)], Problems("model", params)
         del row  # so that the update can be written where the gradient is
         ranks.wait()
-        square, _ = optimizer._squares(tasks, problems, rows, [], [], scale)
-        square = ranks.sum(square)[0] * ranks.scale**2
+        square = ranks.sum(optimizer._gram(problems, rows, params, tasks) * unscale)[0] * ranks.scale**2
         ones = torch.ones_like(square[0])
         update = UpdateNorm(square, ones, None, ones)
         info = StepInfo(tasks, values, None, weights, present, update)

@@ -1,0 +1,85 @@
+"""Loss-only weightings and accumulated micro-batches on several ranks give what one process gives."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from distributed_models import Setting, losses_of, part_of_batch
+from distributed_workers import Workers
+from torch import Tensor
+
+import mtlkernels as mtl
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    workers = Workers()
+    yield workers
+    workers.stop()
+
+
+def loss_only(kind: str, name: str, steps: int) -> dict[str, list[Tensor]]:
+    setting = Setting(kind)
+    options = {"layer": setting.module.second.parameters()} if name == "gradnorm" else {}
+    weighting = mtl.get_weighting(name, **options)
+    inner = torch.optim.AdamW(setting.module.parameters(), lr=0.02)
+    optimizer = mtl.MultiTaskOptimizer(inner, weighting, max_norm=0.5, **setting.options)
+    infos = [optimizer.step(lambda step=step: setting.losses(step)) for step in range(steps)]
+    return {
+        "values": setting.values(),
+        "weights": [info.weights for info in infos],
+        "losses": [info.losses for info in infos],
+        "norms": [info.norm for info in infos],
+        "state": [buffer.nan_to_num(-1.0) for _, buffer in sorted(weighting.named_buffers())],
+    }
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp", "tp+fsdp"])
+@pytest.mark.parametrize("name", ["famo", "gradnorm", "rlw", "uncertainty"])
+def test_loss_only_training_is_that_of_one_process(workers, kind, name):
+    if (name, kind) == ("rlw", "ddp"):
+        torch.manual_seed(0)  # ranks draw from their own generators, and the first one's seed counts
+    ranks = workers.run(4, loss_only, kind, name, 12)
+    if name != "rlw":
+        expected = loss_only("single", name, 12)
+        for what, values in expected.items():
+            for actual, value in zip(ranks[0][what], values, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6, msg=what)
+    for rank in ranks[1:]:
+        for what in ("values", "weights", "losses", "state"):
+            assert all(torch.equal(a, b) for a, b in zip(rank[what], ranks[0][what], strict=True)), what
+
+
+def accumulated(kind: str, micro_batches: int, calls: bool = False) -> dict[str, list[Tensor]]:
+    """Steps of several micro-batches; ``calls``: counts reduce-scatters instead."""
+    setting = Setting(kind)
+    optimizer = setting.optimizer(mtl.CAGrad(c=0.4))
+    scatters = []
+    original = optimizer.ranks.scatter
+    optimizer.ranks.scatter = lambda row, params: scatters.append(1) or original(row, params)
+    infos = []
+    for step in range(8):
+        parts = part_of_batch(step, *setting.data).chunk(micro_batches)
+        for part in parts[:-1]:
+            optimizer.accumulate({task: loss / micro_batches for task, loss in losses_of(setting.model(part), part).items()})
+        last = {task: loss / micro_batches for task, loss in losses_of(setting.model(parts[-1]), parts[-1]).items()}
+        infos.append(optimizer.step(last))
+    if calls:
+        return {"scatters": [torch.tensor(len(scatters))]}
+    return {"values": setting.values(), "weights": [info.weights for info in infos], "losses": [info.losses for info in infos]}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_accumulated_micro_batches_are_one_batch_of_one_process(workers, kind):
+    expected = accumulated("single", 1)
+    for rank in workers.run(2, accumulated, kind, 3):
+        for what, values in expected.items():
+            for actual, value in zip(rank[what], values, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6, msg=what)
+
+
+def test_micro_batches_of_plain_parameters_are_reduced_once(workers):
+    """As many rows travel as without accumulation: K of shared and of head parameters together, every step."""
+    once, thrice = (workers.run(2, accumulated, "ddp", count, True)[0]["scatters"][0] for count in (1, 3))
+    assert int(once) == 8 * 3
+    assert int(thrice) == 8 * 6  # shared and head rows apart
