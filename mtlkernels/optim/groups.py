@@ -377,7 +377,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         try:
             if own is not None:
                 self._load_own(own)
-            self.optimizer.load_state_dict(state_dict)
+            super()._load(state_dict)
         except BaseException:
             for snapshot in snapshots:
                 snapshot.restore()

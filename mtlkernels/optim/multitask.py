@@ -607,7 +607,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 load_buffers(self.weighting, own["weighting"], self.device)
                 held = own.get("held") if self.update_every > 1 else None
                 self._held = HeldWeights() if held is None else HeldWeights.from_state(held, self.device)
-            self.optimizer.load_state_dict(state_dict)
+            super()._load(state_dict)
         self._forget()
 
     def _load_tasks(self, saved: list[Task] | None) -> None:

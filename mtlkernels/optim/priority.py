@@ -438,7 +438,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         own = state_dict.pop(STATE_KEY, None)
         with self._undone_on_error():
             if own is None:
-                self.optimizer.load_state_dict(state_dict)
+                super()._load(state_dict)
                 return
             tasks = loaded_names(own["tasks"], self.tasks, self._tasks_given)
             self.phases.check(own)
@@ -446,7 +446,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                 load_buffers(self.weighting, own["weighting"], self.device)
             elif own["weighting"]:
                 raise ValueError("the state dict holds a weighting's state; pass the same weighting= to go on with it.")
-            self.optimizer.load_state_dict(state_dict)
+            super()._load(state_dict)
         self.tasks = tasks
         self.phases.load_state_dict(own)
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import io
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -243,6 +244,8 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave, or a plain state dict of the inner optimizer. Hooks on both optimizers run."""
+        if "param_groups" not in state_dict:
+            raise ValueError("the state dict has no param_groups; pass one of an optimizer, as optimizer.state_dict().")
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
@@ -251,15 +254,52 @@ class WrappedOptimizer(torch.optim.Optimizer):
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    @property
+    def own_state(self) -> "OwnState":
+        """What this optimizer adds to the inner one's state, for a distributed checkpoint (:class:`OwnState`)."""
+        return OwnState(self)
+
     def _extra_state(self) -> dict[str, Any]:
         """Entries that a subclass adds to the state dict."""
         return {}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict; a subclass takes its own entries first and fails before the inner optimizer changes."""
-        self.optimizer.load_state_dict(state_dict)
+        """Loads a state dict; a subclass takes its own entries out first and fails before the inner optimizer changes.
+
+        With nothing left the inner optimizer stays as it is.
+        """
+        if state_dict:
+            self.optimizer.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy. As in plain optimizers, hooks and the step that a scheduler patched stay behind."""
         left = {"step", *(name for name in self.__dict__ if name.startswith("_optimizer_") and name.endswith("_hooks"))}
         return {name: value for name, value in self.__dict__.items() if name not in left}
+
+
+class OwnState:
+    """The entries that an optimizer of this package adds to a state dict: task names, state of weightings, groups, draws.
+
+    ``torch.distributed.checkpoint.state_dict`` takes a state dict apart by parameters and drops everything else. Save and load
+    this beside it, under a key of your choice; it is the same on every rank, so any number of them can load it.
+
+    Args:
+        optimizer: whose entries are meant.
+    """
+
+    def __init__(self, optimizer: WrappedOptimizer) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries as bytes, since their shapes are not known before they are loaded."""
+        file = io.BytesIO()
+        torch.save(self.optimizer._extra_state(), file)
+        return {"entries": file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads them and leaves the inner optimizer as it is.
+
+        Raises:
+            As the optimizer's ``load_state_dict``.
+        """
+        self.optimizer._load(torch.load(io.BytesIO(state_dict["entries"]), map_location="cpu", weights_only=True))
