@@ -87,6 +87,25 @@ def test_any_schedule_gives_the_same_bits(num_tasks):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("share", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_an_update_of_small_flat_parts_loses_what_rounding_the_gradients_has_lost(device, share):
+    """combine on the rows g and s with w - v and v, each flat part with a weight of 1 / |f|: sums in float32 cancel.
+
+    g and s are themselves rounded to float32, which costs as many digits of f = s - g; each of the 2 K terms of a sum adds a
+    few roundings of that size, at random.
+    """
+    generator = torch.Generator().manual_seed(0)
+    grads = torch.randn(3, 4096, dtype=torch.float64, generator=generator)
+    parts = share * torch.randn(3, 4096, dtype=torch.float64, generator=generator)
+    w, v = 1 / grads.norm(dim=1), 1 / parts.norm(dim=1)
+    first, second = grads.float(), (grads + parts).float()
+    exact = w @ first.double() + v @ (second.double() - first.double())
+    lost_by_inputs = (exact - (w @ grads + v @ parts)).norm()
+    update = mtl.combine([[row] for row in (*first, *second)], torch.cat([w - v, v]))[0]
+    assert device.launches
+    assert (update.double() - exact).norm() < 3 * lost_by_inputs
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_perturb(device, dtype, adaptive):
