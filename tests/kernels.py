@@ -139,6 +139,13 @@ def _perturb(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.perturb_(out, [params], [grads], radii, True), [params, grads, *out], CHUNK)
 
 
+def _graddrop(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    leak, seed = torch.zeros(num_tasks, dtype=torch.float64), torch.tensor([3])
+    flat = [row[0] for row in grads]
+    return Call(lambda: torch.ops.mtlkernels.graddrop_(out, flat, leak, None, seed, [0]), [*flat, *out], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -149,6 +156,7 @@ OPS = {
     "priority_combine": _priority_combine,
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
+    "graddrop": _graddrop,
 }
 """Op on gradients -> its representative call."""
 
