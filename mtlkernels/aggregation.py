@@ -20,8 +20,8 @@ def aggregate(
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
-    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. With an
-    :class:`Elementwise` method ``weighting(grads, out)``, in one read.
+    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. Of
+    an :class:`Elementwise` method ``weighting(grads, out)``, in one read.
 
     Args:
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.

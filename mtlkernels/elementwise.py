@@ -60,9 +60,7 @@ def drop_signs(column: Sequence[Tensor | None], leak: Tensor, active: Tensor | N
     return torch.empty_like(model).copy_(kept + 0.0 * total)  # NaN, and never less, where a gradient is not finite
 
 
-def _graddrop_reference(
-    flat: Flat, leak: Tensor, active: Tensor | None, seed: Tensor, places: Sequence[int]
-) -> list[Tensor]:
+def _graddrop_reference(flat: Flat, leak: Tensor, active: Tensor | None, seed: Tensor, places: Sequence[int]) -> list[Tensor]:
     check_gradients(_nest(flat, leak.shape[-1]))
     columns = _columns(flat, leak.shape[-1])
     _check_places(places, columns)

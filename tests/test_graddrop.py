@@ -323,7 +323,7 @@ def test_compiled_with_a_seed(backend):
 
 @pytest.mark.parametrize("leak", [-0.1, 1.5, math.nan, [0.5, 2.0], [[0.5]]], ids=str)
 def test_a_leak_outside_of_its_range(leak):
-    with pytest.raises(ValueError, match="leak is .*; pass a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"leak is .*; pass a number from 0 to 1"):
         mtl.GradDrop(leak)
 
 

@@ -7,6 +7,8 @@ from test_graddrop import SEED, assert_same_bits, expected, leaks
 from torch import Tensor
 from triton_device import conflicts, misaligned, run
 
+from mtlkernels.elementwise import drop_signs
+from mtlkernels.random import philox, to_uniform
 from mtlkernels.triton import graddrop, launch
 
 SMALL = [(1,), (7,), (33, 5), (), (255,)]
@@ -85,9 +87,6 @@ def test_elements_past_2_to_the_34():
     values[:2] = [-begin // length, 1]  # the first block is the tensor's last chunk
     arguments = (torch.tensor(values), leaks(2), SEED.view(torch.uint8), SEED, 1, 2, 1)
     run([launch.Launch(graddrop.graddrop_chunks, 1, arguments, constants, options)], [[row[0] for row in rows]], [out])
-    from mtlkernels.elementwise import drop_signs
-    from mtlkernels.random import philox, to_uniform
-
     block = begin // 4 + torch.arange(1025)
     key = torch.stack([SEED[0] & 0xFFFFFFFF, (SEED[0] >> 32) & 0xFFFFFFFF])
     counter = torch.stack([block & 0xFFFFFFFF, block >> 32, torch.full_like(block, 5), 0 * block], -1)

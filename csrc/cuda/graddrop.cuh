@@ -67,23 +67,19 @@ struct DropRows {
     }
   }
 
-  /// `batch` vectors, from e on, `step` elements apart; those at `end` or past it are not read.
-  template <int batch>
-  __device__ void add_vectors(int64_t e, int64_t step, int64_t end, Sides<Sum<T>> (&sides)[batch][kLanes<T>]) const {
-    Packed<T> packed[batch][K];
+  /// Vectors from e on; those of rows that count as zero are not read.
+  __device__ void load(int64_t e, Packed<T> (&packed)[K]) const {
 #pragma unroll
-    for (int b = 0; b < batch; ++b)
+    for (int k = 0; k < K; ++k)  // not through the read-only cache: may be the result
+      if (rows[k]) packed[k].raw = *reinterpret_cast<const uint4*>(rows[k] + e);
+  }
+
+  __device__ void add(const Packed<T> (&packed)[K], Sides<Sum<T>> (&sides)[kLanes<T>]) const {
+#pragma unroll
+    for (int lane = 0; lane < kLanes<T>; ++lane)
 #pragma unroll
       for (int k = 0; k < K; ++k)
-        if (rows[k] && e + b * step < end)  // not through the read-only cache: may be the result
-          packed[b][k].raw = *reinterpret_cast<const uint4*>(rows[k] + e + b * step);
-#pragma unroll
-    for (int b = 0; b < batch; ++b)
-#pragma unroll
-      for (int lane = 0; lane < kLanes<T>; ++lane)
-#pragma unroll
-        for (int k = 0; k < K; ++k)
-          if (rows[k]) sides[b][lane].add(Sum<T>(widen(packed[b][k].values[lane])), leaks[k]);
+        if (rows[k]) sides[lane].add(Sum<T>(widen(packed[k].values[lane])), leaks[k]);
   }
 
   __device__ void add_element(int64_t e, Sides<Sum<T>>& sides) const {
@@ -93,69 +89,75 @@ struct DropRows {
   }
 };
 
-/// All rows in groups of K, taken up anew for every vector where there are more.
-template <typename T, int K>
-struct DropGroups {
-  const DropArguments& arguments;
-
-  template <int batch>
-  __device__ void add_vectors(int64_t e, int64_t step, int64_t end, Sides<Sum<T>> (&sides)[batch][kLanes<T>]) const {
-#pragma unroll 1
-    for (int k = 0; k < arguments.num_rows; k += K) DropRows<T, K>(arguments, k).add_vectors(e, step, end, sides);
-  }
-  __device__ void add_element(int64_t e, Sides<Sum<T>>& sides) const {
-#pragma unroll 1
-    for (int k = 0; k < arguments.num_rows; k += K) DropRows<T, K>(arguments, k).add_element(e, sides);
-  }
-};
-
-/// Elements of a chunk, of the rows of `Rows`.
-template <typename T, int batch, typename Rows>
-__device__ inline void drop_chunk(const Rows& rows, const DropArguments& arguments, uint64_t seed, const Chunk& chunk) {
-  using S = Sum<T>;
-  constexpr int64_t step = kDropThreads * kLanes<T>;
-  T* out = arguments.result<T>();
-  const uint32_t place = arguments.place();
-  bool aligned = is_aligned(out);
-  for (int k = 0; k < arguments.num_rows; ++k) {
-    const T* row = arguments.row<T>(k);
-    aligned &= !row || is_aligned(row);
-  }
-  const int64_t vectors_end = aligned ? chunk.begin + (chunk.end - chunk.begin) / kLanes<T> * kLanes<T> : chunk.begin;
-#pragma unroll 1
-  for (int64_t e = chunk.begin + threadIdx.x * kLanes<T>; e < vectors_end; e += batch * step) {
-    Sides<S> sides[batch][kLanes<T>];
-    rows.add_vectors(e, step, vectors_end, sides);
+/// The result's vector from e on.
+template <typename T>
+__device__ inline void store_drawn(const Sides<Sum<T>> (&sides)[kLanes<T>], uint64_t seed, uint32_t place, int64_t e, T* out) {
+  float uniform[kLanes<T>];
+  uniforms(seed, place, e, uniform);
+  Packed<T> packed;
 #pragma unroll
-    for (int b = 0; b < batch; ++b) {
-      float uniform[kLanes<T>];
-      uniforms(seed, place, e + b * step, uniform);
-      Packed<T> packed;
-#pragma unroll
-      for (int lane = 0; lane < kLanes<T>; ++lane) narrow(sides[b][lane].drawn(S(uniform[lane])), packed.values[lane]);
-      if (e + b * step < vectors_end) store_packed(out + e + b * step, packed);
-    }
-  }
-#pragma unroll 1
-  for (int64_t e = vectors_end + threadIdx.x; e < chunk.end; e += kDropThreads) {
-    Sides<S> sides;
-    rows.add_element(e, sides);
-    const Philox words = element_words(seed, place, e / 4);
-    const uint32_t low = e & 1 ? words.word[1] : words.word[0], high = e & 1 ? words.word[3] : words.word[2];
-    narrow(sides.drawn(S(uniform(e & 2 ? high : low))), out[e]);
-  }
+  for (int lane = 0; lane < kLanes<T>; ++lane) narrow(sides[lane].drawn(Sum<T>(uniform[lane])), packed.values[lane]);
+  store_packed(out + e, packed);
+}
+
+template <typename T>
+__device__ inline void store_drawn(const Sides<Sum<T>>& sides, uint64_t seed, uint32_t place, int64_t e, T* out) {
+  const Philox words = element_words(seed, place, e / 4);
+  const uint32_t low = e & 1 ? words.word[1] : words.word[0], high = e & 1 ? words.word[3] : words.word[2];
+  narrow(sides.drawn(Sum<T>(uniform(e & 2 ? high : low))), out[e]);
 }
 
 /// One block per chunk of kDeviceChunk elements. K is the class of the number of rows: 1, 2, 3, 4, 8, or 64 for any number.
 template <typename T, int K>
-__global__ void __launch_bounds__(kDropThreads)
-    graddrop(const __grid_constant__ TensorTable table, const double* leaks, const bool* active, const int64_t* seed) {
+__global__ void __launch_bounds__(kDropThreads, K > 8)
+    graddrop(const __grid_constant__ TensorTable table, const double* leaks, const bool* active, const int64_t* seeds) {
+  constexpr int batch = K <= 8 ? kBatch<K> : 1, group = K <= 8 ? K : 4;
+  constexpr int64_t step = kDropThreads * kLanes<T>;
   const Chunk chunk = find_chunk(table, blockIdx.x);
   const DropArguments arguments{table.pointers(chunk.tensor), table.num_pointers - 2, leaks, active};
-  if constexpr (K <= 8) {
-    drop_chunk<T, kBatch<K>>(DropRows<T, K>(arguments, 0), arguments, uint64_t(*seed), chunk);
-  } else {
-    drop_chunk<T, 1>(DropGroups<T, 4>{arguments}, arguments, uint64_t(*seed), chunk);
+  const uint64_t seed = uint64_t(*seeds);
+  const uint32_t place = arguments.place();
+  T* out = arguments.result<T>();
+  bool aligned = is_aligned(out);
+  for (int k = 0; k < arguments.num_rows; ++k) aligned &= is_aligned(arguments.row<T>(k));
+  const int64_t vectors_end = aligned ? chunk.begin + (chunk.end - chunk.begin) / kLanes<T> * kLanes<T> : chunk.begin;
+  const DropRows<T, group> first(arguments, 0);
+#pragma unroll 1
+  for (int64_t e = chunk.begin + threadIdx.x * kLanes<T>; e < vectors_end; e += batch * step) {
+    if constexpr (K <= 8) {
+      Packed<T> packed[batch][group];
+#pragma unroll
+      for (int b = 0; b < batch; ++b)
+        if (e + b * step < vectors_end) first.load(e + b * step, packed[b]);
+#pragma unroll
+      for (int b = 0; b < batch; ++b) {
+        if (e + b * step >= vectors_end) continue;
+        Sides<Sum<T>> sides[kLanes<T>];
+        first.add(packed[b], sides);
+        store_drawn(sides, seed, place, e + b * step, out);
+      }
+    } else {
+      Sides<Sum<T>> sides[kLanes<T>];
+#pragma unroll 1
+      for (int k = 0; k < arguments.num_rows; k += group) {
+        const DropRows<T, group> rows(arguments, k);
+        Packed<T> packed[group];
+        rows.load(e, packed);
+        rows.add(packed, sides);
+      }
+      store_drawn(sides, seed, place, e, out);
+    }
+  }
+#pragma unroll 1
+  for (int64_t e = vectors_end + threadIdx.x; e < chunk.end; e += kDropThreads) {
+    Sides<Sum<T>> sides;
+    if constexpr (K <= 8) {
+      first.add_element(e, sides);
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < arguments.num_rows; k += group) DropRows<T, group>(arguments, k).add_element(e, sides);
+    }
+    store_drawn(sides, seed, place, e, out);
   }
 }
 

@@ -14,10 +14,10 @@ from .seeded import Seeded
 class GradDrop(Seeded, Elementwise):
     """Gradient sign dropout (Chen et al. 2020, Algorithm 1): of an element's gradients, those of one sign, drawn at random.
 
-    The positive ones with probability P = 1/2 (1 + sum_k g_k / sum_k |g_k|), else the negative ones, one draw for each element:
-    d = sum_k (leak_k + (1 - leak_k) M_k) g_k, where M_k tells whether g_k has the sign that was drawn. Of the size of the
-    summed gradients, which d is on average without a leak; with a leak of 1, always. Resolves conflicts within an element, gives
-    no guarantee for the whole direction. An element with a gradient that is not finite is NaN.
+    The positive ones with probability P = 1/2 (1 + sum_k g_k / sum_k |g_k|), else the negative ones, one draw for each
+    element: d = sum_k (leak_k + (1 - leak_k) M_k) g_k, where M_k tells whether g_k has the sign that was drawn. Of the size of
+    the summed gradients, which d is on average without a leak; with a leak of 1, always. Resolves conflicts within an element,
+    gives no guarantee for the whole direction. An element with a gradient that is not finite is NaN.
 
     Random numbers are functions of a seed, the tensor's index in the list and the element's index in the tensor's logical
     order (:func:`mtlkernels.elementwise.graddrop`): the same, and so the same update to the last bit, on every backend.
@@ -48,6 +48,6 @@ class GradDrop(Seeded, Elementwise):
     ) -> list[Tensor | None]:
         device = device_of(rows)
         if self.leak.dim() == 1 and self.leak.shape != (len(rows),):
-            raise ValueError(f"leak has {len(self.leak)} values, there are {len(rows)} tasks; pass one for each, or one for all.")
+            raise ValueError(f"leak has {len(self.leak)} values, there are {len(rows)} tasks; pass one each, or one for all.")
         seed = self.draw_seed(device) if seed is None else seed.to(device)
-        return graddrop(rows, self.leak.to(device).expand(len(rows)), seed, active, out)
+        return graddrop(rows, self.leak.to(device, torch.float64).expand(len(rows)), seed, active, out)
