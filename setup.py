@@ -42,8 +42,13 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type", "-DNDEBUG"]
-# The K x K stage gives the same bits on every device: no contraction of a * b + c.
-FLAGS = {"csrc/bindings/kxk_cpu.cpp": ["-ffp-contract=off"], "csrc/cuda/kxk.cu": ["-fmad=false"]}
+# What gives the same bits on every device: no contraction of a * b + c.
+FLAGS = {
+    "csrc/bindings/kxk_cpu.cpp": ["-ffp-contract=off"],
+    "csrc/cuda/kxk.cu": ["-fmad=false"],
+    "csrc/cpu/graddrop.cpp": ["-ffp-contract=off"],
+    "csrc/cuda/graddrop.cu": ["-fmad=false"],
+}
 
 CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"
 # What the CUDA binding takes from libtorch_cuda.so, which a CPU-only torch does not have.
@@ -169,6 +174,7 @@ def build_cpu(compiler: str, torch_root: Path, folder: Path, target: Path) -> No
         for name, flags in sets.items():
             # GCC's own AVX-512 header starts registers from themselves, which its warning takes for a mistake.
             options = [f"-DMTL_ISA={name}", *flags, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+            options += FLAGS.get(source.relative_to(ROOT).as_posix(), [])
             ninja.compile(source, f"{source.stem}_{name}.o", " ".join(options))
     ninja.link(target)
     ninja.run(folder)

@@ -7,12 +7,12 @@ from torch import Tensor
 from .granularity import KINDS, Problems, groups_of
 from .ops import Gradients, _rows
 from .reference import Granularity, like
-from .weightings import Weighting, as_weighting
+from .weightings import Elementwise, Weighting, as_method
 
 
 def aggregate(
     grads: Gradients,
-    weighting: str | Weighting,
+    weighting: str | Weighting | Elementwise,
     out: Sequence[Tensor | None] | None = None,
     *,
     per: Granularity | Mapping[str, Sequence[int]] = "model",
@@ -20,15 +20,16 @@ def aggregate(
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
-    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host.
+    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. Of
+    an :class:`Elementwise` method ``weighting(grads, out)``, in one read.
 
     Args:
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.
-        weighting: a :class:`Weighting`, or its registry string.
+        weighting: a :class:`Weighting`, an :class:`Elementwise` method, or its registry string.
         out: N buffers for the result, as in :func:`mtlkernels.combine`.
         per: one problem for the whole ``"model"``, or an independent one for each ``"tensor"``, for each ``"channel"`` (row of
             a tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form
-            one more, the last.
+            one more, the last. An elementwise method has one for each element: ``"model"`` only.
         losses: [K], for weightings that read them.
 
     Returns:
@@ -45,4 +46,10 @@ def aggregate(
         problems = Problems(per, models)
     else:
         raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
-    return problems.combine(rows, as_weighting(weighting)(problems.gram(rows), losses=losses), out)
+    method = as_method(weighting)
+    if isinstance(method, Elementwise):
+        if per != "model":
+            raise ValueError(f"per is {per!r}, and {type(method).__name__} combines every element by itself; leave per out.")
+        result: list[Tensor | None] = method(rows, out)
+        return result
+    return problems.combine(rows, method(problems.gram(rows), losses=losses), out)

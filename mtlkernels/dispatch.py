@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import flat  # noqa: F401  defines ops that are asked for below
+from . import elementwise, flat  # noqa: F401  they define ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -30,6 +30,8 @@ TRITON_OPS = (
     "perturb_",
     "priority_combine",
     "priority_combine_",
+    "graddrop",
+    "graddrop_",
 )
 """Ops with Triton kernels. The others work on K x K matrices, where the reference will do."""
 GPUS = ("cuda", "xpu")

@@ -84,6 +84,37 @@ def random_normals(seed: Tensor, num_problems: int, num_tasks: int) -> Tensor:
     return (-2 * radius.log()).sqrt() * (2 * math.pi * angle).cos()
 
 
+def element_words(seed: Tensor, place: int, numel: int) -> Tensor:
+    """A random word for every element of a tensor, in its logical (row-major) order.
+
+    Element e of tensor ``place`` of a list takes word e % 4 of the counter (low half of e // 4, high half of e // 4, place, 0);
+    the seed's halves are the Philox key. So the word of an element depends neither on how the work is split nor on other
+    tensors.
+
+    Args:
+        seed: int64, one element. Not read on the host.
+        place: n, below 2^32.
+        numel: E.
+
+    Returns:
+        int64 [E], words in [0, 2^32), on the seed's device.
+    """
+    seed = seed.reshape(())
+    key = torch.stack([seed & _WORD, (seed >> 32) & _WORD])
+    block = torch.arange((numel + 3) // 4, device=seed.device)
+    other = torch.zeros_like(block)
+    counter = torch.stack([block & _WORD, block >> 32, other + place, other], -1)
+    return philox(counter, key).flatten()[:numel]
+
+
+def to_uniform(words: Tensor) -> Tensor:
+    """float32 in (0, 1) from random words: the middle of the one of 2^23 equal intervals that the upper 23 bits name.
+
+    Exact in float32, and never 0 or 1: what has probability 1 always happens.
+    """
+    return ((words >> 9).float() + 0.5) * 2.0**-23
+
+
 def _multiply(word: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of a 64-bit product, without leaving the range of int64."""
     upper, lower = (word >> 16) * constant, (word & 0xFFFF) * constant

@@ -42,6 +42,7 @@ BELOW_BAR = [
     (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
     (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
+    (r"graddrop<((BFloat16|__half),[12]|.*,64)>", "B200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
@@ -50,6 +51,7 @@ SHORT_CHANNELS = "a warp takes up weights and addresses anew for every channel, 
 SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 cache when they come again"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they are multiplied as float32, from three bfloat16"
+RANDOM_WORDS = "ten rounds of Philox for every four elements, and few bytes of them in 16 bits"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
     ("cross_gram", "B200", 1.5, PADDED_ROWS),
@@ -66,6 +68,9 @@ SLOWER_THAN_DRAM = [
     ("priority_combine", "A100 H100", 1.3, SHORT_BLOCKS),
     ("priority_combine", "H200", 1.7, SHORT_BLOCKS),
     ("priority_combine", "B200", 2.6, SHORT_BLOCKS),
+    ("graddrop", "A100 H100", 1.3, RANDOM_WORDS),
+    ("graddrop", "H200", 1.8, RANDOM_WORDS),
+    ("graddrop", "B200", 2.7, RANDOM_WORDS),
 ]
 """(op, chips, factor, why): what may take that much longer than DRAM does, in float32 and bfloat16, with 2 to 16 tasks."""
 
@@ -139,6 +144,13 @@ def _perturb(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.perturb_(out, [params], [grads], radii, True), [params, grads, *out], CHUNK)
 
 
+def _graddrop(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    leak, seed = torch.zeros(num_tasks, dtype=torch.float64), torch.tensor([3])
+    flat = [row[0] for row in grads]
+    return Call(lambda: torch.ops.mtlkernels.graddrop_(out, flat, leak, None, seed, [0]), [*flat, *out], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -149,6 +161,7 @@ OPS = {
     "priority_combine": _priority_combine,
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
+    "graddrop": _graddrop,
 }
 """Op on gradients -> its representative call."""
 

@@ -185,6 +185,7 @@ def symmetric(*shape: int) -> Tensor:
 
 W2, W3 = torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor([0.5, 0.0, 1.0])
 TOP = torch.tensor([0, 2, 1, 0, 2])
+SEED = torch.tensor([7])
 OPCHECKS = {
     "gram": lambda: (OPS.gram, (flat(3, [(4, 3), (5,), ()]), 3, "model")),
     "gram, tensor": lambda: (OPS.gram, (flat(2, [(4, 3), (0, 2)], torch.bfloat16), 2, "tensor")),
@@ -241,6 +242,17 @@ OPCHECKS = {
     "priority_combine_": lambda: (
         OPS.priority_combine_,
         (flat(1, [(4, 3), (5,)], seed=1), flat(2, [(4, 3), (5,)]), [TOP[:4], None], 2, True),
+    ),
+    "graddrop": lambda: (OPS.graddrop, (flat(3, [(4, 3), (5,), ()]), W3.double().abs(), None, SEED, [0, 1, 2])),
+    "graddrop, none": lambda: (
+        OPS.graddrop,
+        ([None, torch.ones(3), torch.ones(2), None], W2.abs() / 2, torch.tensor([True, False]), SEED, [4, 7]),
+    ),
+    "graddrop, strided": lambda: (OPS.graddrop, (strided(), W2 * 0, None, SEED, [0, 1, 2])),
+    "graddrop, empty": lambda: (OPS.graddrop, ([], W2 * 0, None, SEED, [])),
+    "graddrop_": lambda: (
+        OPS.graddrop_,
+        (flat(1, [(4, 3), (5,)], seed=1), flat(2, [(4, 3), (5,)]), W2 * 0, None, SEED, [0, 1]),
     ),
     "connection_strength": lambda: (
         OPS.connection_strength,

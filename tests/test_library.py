@@ -23,6 +23,8 @@ OPS = {
     "connection_strength",
     "priority_combine",
     "priority_combine_",
+    "graddrop",
+    "graddrop_",
     "paired_gram",
     "perturb_",
     "cosine",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import mtlkernels as mtl
-from mtlkernels.weightings import REGISTRY
+from mtlkernels.weightings import ELEMENTWISE, REGISTRY
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -44,7 +44,7 @@ def test_ops_are_there() -> None:
 def test_weightings_are_those_of_the_registry() -> None:
     table = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", section("Weightings"), re.MULTILINE)
 
-    assert {name: getattr(mtl, class_name) for name, class_name in table} == REGISTRY
+    assert {name: getattr(mtl, class_name) for name, class_name in table} == REGISTRY | ELEMENTWISE
 
 
 def test_files_and_commands_are_there() -> None:

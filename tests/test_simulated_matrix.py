@@ -7,6 +7,7 @@ import pytest
 import test_bad_input
 import test_combine
 import test_flat_ops
+import test_graddrop
 import test_gram
 import test_kxk
 import test_mix_project
@@ -24,7 +25,16 @@ def backend() -> Iterator[str]:
         yield "cuda"
 
 
-for module in (test_bad_input, test_combine, test_flat_ops, test_gram, test_kxk, test_mix_project, test_priority):
+for module in (
+    test_bad_input,
+    test_combine,
+    test_flat_ops,
+    test_graddrop,
+    test_gram,
+    test_kxk,
+    test_mix_project,
+    test_priority,
+):
     for name, test in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("test_") and "backend" in inspect.signature(test).parameters:
             globals()[name.replace("test_", f"{module.__name__}_", 1)] = test

@@ -13,7 +13,7 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
-from mtlkernels.triton import combine, gram, launch, perturb, priority, targets
+from mtlkernels.triton import combine, graddrop, gram, launch, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -37,7 +37,7 @@ def max_registers(target: targets.Target) -> int:
     """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
     if target.kernel in STAGES_BETWEEN:
         return 64 if target.num_rows <= 16 else 255
-    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks):
+    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks, graddrop.graddrop_chunks):
         return 160
     if target.num_rows <= 4:
         return 128
@@ -97,6 +97,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
         )
     first = [[c[0], c[0]] for c in columns]
     launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
+    drop = graddrop.Drop(torch.zeros(num_tasks, dtype=torch.float64), None, torch.zeros(1, dtype=torch.int64), [0, 1])
+    launches += graddrop.plan(columns, [torch.empty_like(c[0]) for c in columns], drop)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mtlkernels.triton import combine, gram, targets  # noqa: E402
 from mtlkernels.triton.launch import Launch, contiguous, lie_alike, split  # noqa: E402
 
-POINTERS = {torch.int64: "*i64", torch.float32: "*fp32", torch.float64: "*fp64"}
+POINTERS = {torch.int64: "*i64", torch.uint8: "*u8", torch.float32: "*fp32", torch.float64: "*fp64"}
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 
 

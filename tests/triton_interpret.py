@@ -20,6 +20,7 @@ from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, pa
 
 import mtlkernels as mtl
 from mtlkernels import dispatch
+from mtlkernels.elementwise import graddrop
 
 SHAPES = [(300,), (3, 5), (), (2, 0)]
 
@@ -119,6 +120,24 @@ def test_priority_combine(dtype, num_tasks):
         rtol=tolerance,
         atol=0,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 3, 9])
+def test_graddrop(dtype, num_tasks):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    grads[0][0] = LAYOUTS["misaligned"](grads[0][0].view(1, -1)).view(-1)
+    leak, seed = torch.linspace(0, 1, num_tasks, dtype=torch.float64), torch.tensor([-3])
+    active = torch.arange(num_tasks) != 1
+    for mask in (None, active):
+        with mtl.use_backend("reference"):
+            expected = graddrop(grads, leak, seed, mask)
+        actual = graddrop(grads, leak, seed, mask)
+        tolerance = 2.0**-7 if dtype == torch.bfloat16 else 0  # which is truncated where it is rounded
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+    graddrop(grads, leak, seed, active, out=grads[-1])
+    torch.testing.assert_close(grads[-1], expected, rtol=tolerance, atol=0)
 
 
 def test_in_place_and_overlapping_buffers():

@@ -73,8 +73,9 @@ bool same_strides(const View& a, const View& b) {
 }
 
 /// Whether all views lie in memory in one common order, so that element i of each is at offset i.
-bool is_flat(const std::vector<View>& views, bool row_major) {
+bool is_flat(const std::vector<View>& views, bool row_major, bool logical) {
   if (std::all_of(views.begin(), views.end(), is_row_major)) return true;
+  if (logical) return false;
   const View& first = views.front();
   if (!is_dense(first)) return false;
   for (const View& v : views)
@@ -92,8 +93,9 @@ void require(bool condition, const char* message, int64_t task, int64_t tensor) 
   throw std::runtime_error(text + message);
 }
 
-Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out, int64_t num_out)
-    : num_out_(num_out) {
+Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out, int64_t num_out,
+                 bool logical)
+    : logical_(logical), num_out_(num_out) {
   require(num_tasks > 0 ? int64_t(grads.size()) % num_tasks == 0 : grads.empty(),
           "the gradients are not num_tasks rows of equal length");
   const int64_t num_columns = num_tasks > 0 ? int64_t(grads.size()) / num_tasks : 0;
@@ -145,7 +147,7 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
     column.layout.numel = first.numel;
     channels_[n] = first.dim ? first.sizes[0] : 1;
     total_elements_ += first.numel * int64_t(views.size());
-    if (first.numel > 0 && !is_flat(views, row_major)) {
+    if (first.numel > 0 && !is_flat(views, row_major, logical_)) {
       // Logical order: drop dimensions of size 1 and merge those that every view steps through evenly.
       std::vector<int64_t> dims, &sizes = sizes_.emplace_back();
       for (int64_t d = 0; d < first.dim; ++d) {

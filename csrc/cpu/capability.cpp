@@ -15,6 +15,7 @@ namespace mtlkernels::cpu {
   void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);          \
   void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,   \
                         const Output& out);                                                                                \
+  void graddrop(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);                    \
   }
 
 MTL_DECLARE_KERNELS(baseline)
@@ -25,12 +26,13 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-const Kernels kBaseline{"baseline",        baseline::gram,           baseline::combine,
-                        baseline::perturb, baseline::priority_inner, baseline::priority_combine};
+#define MTL_KERNELS(isa) \
+  {#isa, isa::gram, isa::combine, isa::perturb, isa::priority_inner, isa::priority_combine, isa::graddrop}
+
+const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)
-const Kernels kAvx2{"avx2", avx2::gram, avx2::combine, avx2::perturb, avx2::priority_inner, avx2::priority_combine};
-const Kernels kAvx512{"avx512",        avx512::gram,           avx512::combine,
-                      avx512::perturb, avx512::priority_inner, avx512::priority_combine};
+const Kernels kAvx2 = MTL_KERNELS(avx2);
+const Kernels kAvx512 = MTL_KERNELS(avx512);
 #endif
 
 const Kernels& choose() {

@@ -41,6 +41,14 @@ struct Channels {
   int64_t rest;
 };
 
+/// What decides which of a tensor's gradients GradDrop drops.
+struct Drop {
+  const double* leak;  // [num_rows]
+  const bool* active;  // [num_rows], or null for all; a row that is not active is not read
+  uint64_t seed;
+  uint32_t place;  // of the tensor in the list
+};
+
 struct Kernels {
   const char* name;
 
@@ -65,6 +73,10 @@ struct Kernels {
   /// one of the rows.
   void (*priority_combine)(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,
                            const Output& out);
+
+  /// out = the positive or the negative part of the rows, as drop_signs of mtlkernels/elementwise.py, over elements [begin,
+  /// end) in logical order; begin is a multiple of 4. The output may be one of the rows.
+  void (*graddrop)(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);
 };
 
 /// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names

@@ -316,5 +316,12 @@ inline void scatter(const From* from, const Layout& layout, const int64_t* strid
   });
 }
 
+/// As scatter, to the single result of a column, flat or not.
+template <typename From, typename To>
+inline void store_row(const From* from, const Layout& layout, const Output& out, int64_t begin, int64_t count, To* to) {
+  if (layout.dim != 0) return scatter(from, layout, out.strides[0], begin, count, to);
+  for (int64_t i = 0; i < count; ++i) from_float(from[i], to + begin + i);
+}
+
 }  // namespace
 }  // namespace mtlkernels::cpu

@@ -45,6 +45,12 @@ const char* connection_strength(DType dtype, const std::vector<PlannedTensor>& l
 /// and the float64 r on the device. Otherwise as combine.
 const char* perturb(DType dtype, const std::vector<PlannedTensor>& tensors, bool adaptive, Stream stream);
 
+/// graddrop for every tensor; the tensors share a dtype. A tensor's pointers are its `num_rows` gradients (null where absent),
+/// its result, and its index in the list as an integer. `leak` [num_rows], `active` [num_rows] or null for all, and one seed on
+/// the device. Otherwise as combine.
+const char* graddrop(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, const double* leak,
+                     const bool* active, const int64_t* seed, Stream stream);
+
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as
 /// combine.

@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, gram, perturb, priority
+from . import combine, graddrop, gram, perturb, priority
 
 OPS = {
     "gram": gram.gram,
@@ -22,5 +22,7 @@ OPS = {
     "perturb_": perturb.perturb_,
     "priority_combine": priority.priority_combine,
     "priority_combine_": priority.priority_combine_,
+    "graddrop": graddrop.graddrop,
+    "graddrop_": graddrop.graddrop_,
 }
 """Op name -> implementation with the op's own signature."""

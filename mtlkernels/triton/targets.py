@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, gram, perturb, priority
+from . import combine, graddrop, gram, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -47,6 +47,8 @@ class Target(NamedTuple):
             return constants | {"SLICE": priority.SLICE}, options
         if self.kernel is perturb.perturb_chunks:
             return perturb.meta(self.dtype, chip)
+        if self.kernel is graddrop.graddrop_chunks:
+            return graddrop.meta(self.num_rows, self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
@@ -64,6 +66,8 @@ def targets() -> Iterator[Target]:
         for num_rows in priority.CLASSES:
             yield Target(priority.priority_products, num_rows, dtype, "products")
             yield Target(priority.priority_results, num_rows, dtype, "results")
+        for num_rows in graddrop.CLASSES:
+            yield Target(graddrop.graddrop_chunks, num_rows, dtype, "graddrop")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
     for num_rows in priority.CLASSES:
         yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
@@ -87,6 +91,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is perturb.perturb_chunks:
         pointers = {"table": "*i64", "radii": "*fp64"}
         numbers = ["num_tensors", "adaptive"]
+    elif target.kernel is graddrop.graddrop_chunks:
+        pointers = {"table": "*i64", "leak": "*fp64", "active": "*u8", "seeds": "*i64"}
+        numbers = ["num_tensors", "num_rows", "all_active"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]

@@ -1,6 +1,6 @@
 """Weightings, one method per file, and the registry of their names."""
 
-from typing import Any
+from typing import Any, cast
 
 from .aligned_mtl import AlignedMTL
 from .avg_norm import AvgNorm
@@ -11,7 +11,9 @@ from .conicgrad import ConicGrad
 from .constant import Constant
 from .cr_mogm import CRMOGM
 from .dualproj import DualProj
+from .elementwise import Elementwise
 from .fairgrad import FairGrad
+from .graddrop import GradDrop
 from .gradvac import GradVac
 from .imtl_g import IMTLG
 from .krum import Krum
@@ -70,36 +72,55 @@ REGISTRY: dict[str, type[Weighting]] = {
 """Registry string -> class that needs a Gram; ``LOSS_ONLY`` has those that need none."""
 
 
-def get_weighting(name: str, **options: Any) -> Weighting:
-    """A weighting by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
+ELEMENTWISE: dict[str, type[Elementwise]] = {"graddrop": GradDrop}
+"""Registry string -> class of the methods that have no weights."""
+
+
+def get_weighting(name: str, **options: Any) -> Weighting | Elementwise:
+    """A method by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
 
     Args:
-        name: one of ``REGISTRY`` or ``LOSS_ONLY``.
+        name: one of ``REGISTRY``, ``LOSS_ONLY`` or ``ELEMENTWISE``.
         **options: the class's arguments.
 
     Raises:
         ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
-    known = {**REGISTRY, **LOSS_ONLY}
+    known: dict[str, Any] = {**REGISTRY, **LOSS_ONLY, **ELEMENTWISE}
     if name not in known:
         raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(known))}, or pass a Weighting.")
     try:
-        return known[name](**options)
+        return cast(Weighting | Elementwise, known[name](**options))
     except TypeError as error:
         raise ValueError(f"weighting {name!r} does not take {options or 'no options'}: {error}.") from error
 
 
-def as_weighting(weighting: str | Weighting) -> Weighting:
-    """The weighting itself, or the one that a registry string names.
+def as_method(weighting: str | Weighting | Elementwise) -> Weighting | Elementwise:
+    """The method itself, or the one that a registry string names.
 
     Raises:
-        ValueError: an unknown name, or neither a string nor a :class:`Weighting`.
+        ValueError: an unknown name, or neither a string nor a :class:`Weighting` nor an :class:`Elementwise`.
     """
     if isinstance(weighting, str):
         return get_weighting(weighting)
-    if not isinstance(weighting, Weighting):
+    if not isinstance(weighting, Weighting | Elementwise):
         raise ValueError(f"weighting is a {type(weighting).__name__}; pass a Weighting or its name, for example 'pcgrad'.")
     return weighting
+
+
+def as_weighting(weighting: str | Weighting) -> Weighting:
+    """As :func:`as_method`, where only weights will do.
+
+    Raises:
+        ValueError: as :func:`as_method`, or a method that has no weights.
+    """
+    method = as_method(weighting)
+    if isinstance(method, Elementwise):
+        raise ValueError(
+            f"weighting is {type(method).__name__}, which combines gradients element by element and has no weights; pass a "
+            "Weighting, or use it in aggregate or MultiTaskOptimizer."
+        )
+    return method
 
 
 __all__ = [
@@ -126,18 +147,5 @@ __all__ = [
     "ConicGrad",
     "Constant",
     "DualProj",
+    "Elementwise",
     "FairGrad",
-    "GO4Align",
-    "GradNorm",
-    "GradVac",
-    "Krum",
-    "LossWeighting",
-    "Mean",
-    "NGDiff",
-    "NashMTL",
-    "PCGrad",
-    "Sum",
-    "UPGrad",
-    "UncertaintyWeighting",
-    "Weighting",
-]

@@ -8,8 +8,8 @@ from torch import Tensor
 from .base import Weighting
 
 
-class SeededWeighting(Weighting):
-    """A weighting decided by a seed: the one passed to a call, or one drawn from a generator.
+class Seeded(torch.nn.Module):
+    """A method decided by a seed: the one passed to a call, or one drawn from a generator.
 
     Args:
         generator: draws one seed per call, a skipped update's included; None: torch's default generator. Its state is part of
@@ -20,10 +20,6 @@ class SeededWeighting(Weighting):
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.generator = generator
-
-    def seed_for(self, gram: Tensor, seed: Tensor | None) -> Tensor:
-        """The call's seed on the Gram's device; drawn where there is none."""
-        return self.draw_seed(gram.device) if seed is None else seed.to(gram.device)
 
     def draw_seed(self, device: torch.device) -> Tensor:
         """One int64 on ``device``, from the generator."""
@@ -50,6 +46,14 @@ class SeededWeighting(Weighting):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", None)  # one without a generator's state loads, too
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SeededWeighting(Seeded, Weighting):
+    """A weighting decided by a seed."""
+
+    def seed_for(self, gram: Tensor, seed: Tensor | None) -> Tensor:
+        """The call's seed on the Gram's device; drawn where there is none."""
+        return self.draw_seed(gram.device) if seed is None else seed.to(gram.device)
 
 
 class OrderedWeighting(SeededWeighting):

@@ -1,0 +1,49 @@
+"""GradDrop on ResNet-50's gradients against one read of them, TorchJD, and plain PyTorch, eager and compiled.
+
+make bench ARGS="-k 'read or elementwise' --tasks 3 --dtypes float32"
+
+Counted: GradDrop reads each gradient once and writes each result once, 1 + 1/K times the gradients' bytes, and draws a random
+word for each element.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torchjd import aggregation
+
+import mtlkernels as mtl
+
+Rows = list[list[Tensor]]
+
+
+def drop_signs(rows: list[Tensor]) -> Tensor:
+    """One tensor in vectorised PyTorch."""
+    grads = torch.stack(rows)
+    up, down = grads.clamp(min=0).sum(0), grads.clamp(max=0).sum(0)
+    return torch.where(up > torch.rand_like(up) * (up - down), up, down)
+
+
+def drop_model(grads: Rows) -> list[Tensor]:
+    return [drop_signs(list(column)) for column in zip(*grads, strict=True)]
+
+
+compiled = torch.compile(drop_model)
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def bench_elementwise_graddrop(measure, grads: Rows, buffers: list[Tensor], leak: float) -> None:
+    method, seed = mtl.GradDrop(leak), torch.tensor([1])
+    measure(f"graddrop, leak {leak}", lambda: method(grads, buffers, seed=seed))
+
+
+@pytest.mark.parametrize("call", [compiled, drop_model], ids=["the same compiled", "the same in PyTorch"])
+def bench_elementwise_plain(measure, grads: Rows, call: Callable[[Rows], list[Tensor]], request) -> None:
+    measure(request.node.callspec.id.rpartition("-")[2], lambda: call(grads))
+
+
+def bench_elementwise_torchjd(measure, grads: Rows) -> None:
+    """On a matrix that was made beforehand, for free."""
+    matrix = torch.stack([torch.cat([t.flatten() for t in row]) for row in grads])
+    measure("TorchJD GradDrop", lambda: aggregation.GradDrop()(matrix))

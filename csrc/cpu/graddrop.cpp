@@ -1,0 +1,162 @@
+// GradDrop on the CPU: an element's positive or its negative gradients, by a random number, each gradient read from memory
+// once.
+//
+// In float32 (float64 for float64) in the order of the rows and without fused multiply-adds, as every backend does it: all give
+// the same bits. A block of random words is drawn into the first-level cache, then used up.
+
+#include <type_traits>
+
+#include "random.h"
+#include "vector.h"
+
+namespace mtlkernels::cpu {
+namespace {
+
+constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector, and of the 4 words of a counter
+constexpr int kRows = 8;          // rows per sweep: their pointers and sums stay in registers
+
+/// Sums of an element's K gradients, in one lane each: of the positive and of the negative magnitudes, and the leaks of both.
+template <typename V>
+struct Sides {
+  V up, down, leaked_up, leaked_down;
+};
+
+/// Adds `value` to the sums of its side; a NaN to both.
+template <bool Leaks, typename V>
+inline void add(Sides<V>& sides, V value, V leak) {
+  const V rise = value <= 0 ? V{} : value, fall = value >= 0 ? V{} : value;
+  sides.up += rise;
+  sides.down -= fall;
+  if constexpr (Leaks) {
+    sides.leaked_up += rise * leak;
+    sides.leaked_down -= fall * leak;
+  }
+}
+
+template <typename V>
+inline V drawn(const Sides<V>& sides, V uniform) {
+  const V total = sides.up + sides.down;
+  return (sides.up > uniform * total ? sides.up - sides.leaked_down : sides.leaked_up - sides.down) + total * 0;
+}
+
+/// One sweep over R rows, whole vectors: from the sums of earlier sweeps (unless `First`) to those of the next or to `out`.
+template <typename S, int R, bool Leaks, bool First, bool Last>
+void sweep(const S* const* rows, const S* leak, const uint32_t* words, int64_t count, S* sums, S* out, bool stream) {
+  using V = Vector<S>;
+  const S* row[R];
+  V leaks[R];
+  for (int r = 0; r < R; ++r) {
+    row[r] = rows[r];
+    leaks[r] = V{} + leak[r];
+  }
+  for (int64_t e = 0; e < count; e += kLanes<S>) {
+    Sides<V> sides{};
+    if constexpr (!First) sides = load<Sides<V>>(sums + 4 * e);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) add<Leaks>(sides, load<V>(row[r] + e), leaks[r]);
+    if constexpr (!Last) {
+      store(sums + 4 * e, sides);
+    } else if (stream) {
+      store_streaming(out + e, drawn(sides, uniforms(words + e, S())));
+    } else {
+      store(out + e, drawn(sides, uniforms(words + e, S())));
+    }
+  }
+}
+
+template <typename S>
+using Sweep = void (*)(const S* const*, const S*, const uint32_t*, int64_t, S*, S*, bool);
+
+template <typename S, bool Leaks, bool First>
+Sweep<S> pick_last(int rows) {
+  switch (rows) {
+    case 1: return sweep<S, 1, Leaks, First, true>;
+    case 2: return sweep<S, 2, Leaks, First, true>;
+    case 3: return sweep<S, 3, Leaks, First, true>;
+    case 4: return sweep<S, 4, Leaks, First, true>;
+    case 5: return sweep<S, 5, Leaks, First, true>;
+    case 6: return sweep<S, 6, Leaks, First, true>;
+    case 7: return sweep<S, 7, Leaks, First, true>;
+    default: return sweep<S, 8, Leaks, First, true>;
+  }
+}
+
+/// The rows that count, over a block of whole vectors.
+template <typename S, bool Leaks>
+void drop_block(const S* const* rows, const S* leak, int num_rows, const uint32_t* words, int64_t count, S* sums, S* out,
+                bool stream) {
+  int r = 0;
+  for (; r + kRows < num_rows; r += kRows) {
+    const Sweep<S> run = r == 0 ? sweep<S, kRows, Leaks, true, false> : sweep<S, kRows, Leaks, false, false>;
+    run(rows + r, leak + r, words, count, sums, out, false);
+  }
+  const Sweep<S> run = r == 0 ? pick_last<S, Leaks, true>(num_rows) : pick_last<S, Leaks, false>(num_rows - r);
+  run(rows + r, leak + r, words, count, sums, out, stream);
+}
+
+/// Blocks of rows are read as S where they lie or from a copy, and results of T written where they belong or scattered there.
+template <typename S, typename T>
+void drop_range(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out) {
+  const bool in_place = column.layout.dim == 0 && std::is_same_v<S, T>;
+  const int num_rows = column.num_rows;
+  Scratch scratch((size_t(num_rows + 5) * kBlock + size_t(num_rows)) * sizeof(S) + size_t(num_rows) * (sizeof(S*) + 4));
+  Scratch bits((kBlock + kWordsBeyond) * sizeof(uint32_t));
+  S* values = scratch.as<S>();
+  S* sums = values + num_rows * kBlock;
+  S* results = sums + 4 * kBlock;
+  S* leak = results + kBlock;
+  const S** rows = reinterpret_cast<const S**>(leak + (num_rows + 1) / 2 * 2);
+  uint32_t* words = bits.as<uint32_t>();
+  const Words random(drop.seed, drop.place);
+  int used = 0;
+  bool leaks = false;
+  Scratch places(size_t(num_rows) * sizeof(int));
+  int* task = places.as<int>();
+  for (int k = 0; k < num_rows; ++k) {
+    if (!column.rows[k] || (drop.active && !drop.active[k])) continue;
+    task[used] = k;
+    leak[used++] = S(drop.leak[k]);
+    leaks |= drop.leak[k] != 0;
+  }
+  const auto run = leaks ? drop_block<S, true> : drop_block<S, false>;
+  for (int64_t at = begin; at < end; at += kBlock) {
+    const int64_t count = end - at < kBlock ? end - at : kBlock, whole = count / kLanes<S> * kLanes<S>;
+    S* to = in_place ? static_cast<S*>(out.rows[0]) + at : results;
+    if (used == 0) {
+      std::memset(to, 0, size_t(count) * sizeof(S));
+    } else {
+      for (int r = 0; r < used; ++r) rows[r] = read_row<S>(column, task[r], at, count, values + r * kBlock);
+      random.fill(at, count, words);
+      const bool stream = in_place && out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+      run(rows, leak, used, words, whole, sums, to, stream);
+      if (whole < count) {  // a vector's worth of copies
+        S last[kLanes<S>] = {};
+        for (int r = 0; r < used; ++r) {
+          S* copy = values + r * kBlock;
+          std::memmove(copy, rows[r] + whole, size_t(count - whole) * sizeof(S));
+          rows[r] = copy;
+        }
+        run(rows, leak, used, words + whole, kLanes<S>, sums, last, false);
+        std::memcpy(to + whole, last, size_t(count - whole) * sizeof(S));
+      }
+    }
+    if (!in_place) store_row(results, column.layout, out, at, count, static_cast<T*>(out.rows[0]));
+  }
+  if (out.stream) fence_streaming();
+}
+
+}  // namespace
+
+namespace MTL_ISA {
+
+void graddrop(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out) {
+  switch (column.dtype) {
+    case DType::float32: return drop_range<float, float>(column, drop, begin, end, out);
+    case DType::bfloat16: return drop_range<float, BFloat16>(column, drop, begin, end, out);
+    case DType::float16: return drop_range<float, Float16>(column, drop, begin, end, out);
+    case DType::float64: return drop_range<double, double>(column, drop, begin, end, out);
+  }
+}
+
+}  // namespace MTL_ISA
+}  // namespace mtlkernels::cpu
