@@ -7,7 +7,7 @@ from torch import Tensor
 from .granularity import KINDS, Problems, groups_of
 from .ops import Gradients, _rows
 from .reference import Granularity, like
-from .weightings import Weighting, as_weighting
+from .weightings import MemoryWeighting, Weighting, as_weighting
 
 
 def aggregate(
@@ -20,7 +20,8 @@ def aggregate(
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
-    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host.
+    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. A
+    weighting with a memory of gradients reads that twice, too, and writes it once.
 
     Args:
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.
@@ -38,6 +39,11 @@ def aggregate(
         ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, or ``per``.
     """
     rows = _rows(grads, "grads")
+    weighting = as_weighting(weighting)
+    if isinstance(weighting, MemoryWeighting):
+        if per != "model":
+            raise ValueError(f'{type(weighting).__name__} has one memory and one set of weights; pass per="model".')
+        return weighting.aggregate(rows, out, losses)
     models = [like(column) for column in zip(*rows, strict=True)]
     if isinstance(per, Mapping):
         problems = Problems(groups_of(per, len(models)), models)
@@ -45,4 +51,4 @@ def aggregate(
         problems = Problems(per, models)
     else:
         raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
-    return problems.combine(rows, as_weighting(weighting)(problems.gram(rows), losses=losses), out)
+    return problems.combine(rows, weighting(problems.gram(rows), losses=losses), out)

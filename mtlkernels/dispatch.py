@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import flat  # noqa: F401  defines ops that are asked for below
+from . import flat, memory  # noqa: F401  define ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 

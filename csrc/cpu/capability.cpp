@@ -12,6 +12,8 @@ namespace mtlkernels::cpu {
   void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums); \
   void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                \
   void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);         \
+  void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,               \
+                      const Output& out);                                                                                  \
   void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);          \
   void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,   \
                         const Output& out);                                                                                \
@@ -25,12 +27,23 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-const Kernels kBaseline{"baseline",        baseline::gram,           baseline::combine,
-                        baseline::perturb, baseline::priority_inner, baseline::priority_combine};
+const Kernels kBaseline{"baseline",
+                        baseline::gram,
+                        baseline::combine,
+                        baseline::perturb,
+                        baseline::memory_combine,
+                        baseline::priority_inner,
+                        baseline::priority_combine};
 #if defined(__x86_64__)
-const Kernels kAvx2{"avx2", avx2::gram, avx2::combine, avx2::perturb, avx2::priority_inner, avx2::priority_combine};
-const Kernels kAvx512{"avx512",        avx512::gram,           avx512::combine,
-                      avx512::perturb, avx512::priority_inner, avx512::priority_combine};
+const Kernels kAvx2{
+    "avx2", avx2::gram, avx2::combine, avx2::perturb, avx2::memory_combine, avx2::priority_inner, avx2::priority_combine};
+const Kernels kAvx512{"avx512",
+                      avx512::gram,
+                      avx512::combine,
+                      avx512::perturb,
+                      avx512::memory_combine,
+                      avx512::priority_inner,
+                      avx512::priority_combine};
 #endif
 
 const Kernels& choose() {

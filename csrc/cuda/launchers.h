@@ -5,6 +5,7 @@
 
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
+#include "../common/memory_plan.h"
 #include "../common/mix_plan.h"
 #include "../common/paired_plan.h"
 #include "../common/priority.h"
@@ -44,6 +45,13 @@ const char* connection_strength(DType dtype, const std::vector<PlannedTensor>& l
 /// out = a + r b, adaptive: a + r a^2 b, for every tensor; the tensors share a dtype. A tensor's pointers are a, b, its result
 /// and the float64 r on the device. Otherwise as combine.
 const char* perturb(DType dtype, const std::vector<PlannedTensor>& tensors, bool adaptive, Stream stream);
+
+/// memory <- keep memory + scale g and out = sum_k weight_k memory_k for every tensor, with `squares` of g^2 and of g; the
+/// tensors share a dtype. A tensor's pointers are its `num_tasks` gradients (kMemoryTasks at most; null where absent), as many
+/// memories, float32 or beside float64 gradients float64, and its result; `factors` [3, num_tasks] on the device are keep,
+/// scale and weight. Otherwise as combine.
+const char* memory_combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_tasks, const double* factors,
+                           bool squares, Stream stream);
 
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as

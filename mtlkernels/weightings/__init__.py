@@ -16,6 +16,7 @@ from .gradvac import GradVac
 from .imtl_g import IMTLG
 from .krum import Krum
 from .mean import Mean
+from .memory import DBMTL, MEMORY, MemoryWeighting, MoCo
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
@@ -50,23 +51,24 @@ REGISTRY: dict[str, type[Weighting]] = {
     "sum": Sum,
     "upgrad": UPGrad,
 }
-"""Registry string -> class."""
+"""Registry string -> class that needs a Gram alone; ``MEMORY`` has those that keep a memory of gradients."""
 
 
 def get_weighting(name: str, **options: Any) -> Weighting:
     """A weighting by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
 
     Args:
-        name: one of ``REGISTRY``.
+        name: one of ``REGISTRY`` or ``MEMORY``.
         **options: the class's arguments.
 
     Raises:
         ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
-    if name not in REGISTRY:
-        raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(REGISTRY))}, or pass a Weighting.")
+    known = {**REGISTRY, **MEMORY}
+    if name not in known:
+        raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(known))}, or pass a Weighting.")
     try:
-        return REGISTRY[name](**options)
+        return known[name](**options)
     except TypeError as error:
         raise ValueError(f"weighting {name!r} does not take {options or 'no options'}: {error}.") from error
 
@@ -86,6 +88,7 @@ def as_weighting(weighting: str | Weighting) -> Weighting:
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "PCD",
@@ -102,6 +105,8 @@ __all__ = [
     "GradVac",
     "Krum",
     "Mean",
+    "MemoryWeighting",
+    "MoCo",
     "NGDiff",
     "NashMTL",
     "PCGrad",

@@ -1,0 +1,10 @@
+"""Weightings that keep a memory of each task's gradients."""
+
+from .base import MemoryUpdate, MemoryWeighting
+from .db_mtl import DBMTL
+from .moco import MoCo
+
+MEMORY: dict[str, type[MemoryWeighting]] = {"db_mtl": DBMTL, "moco": MoCo}
+"""Registry string -> class that keeps a memory of gradients."""
+
+__all__ = ["DBMTL", "MEMORY", "MemoryUpdate", "MemoryWeighting", "MoCo"]
