@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast, get_args, overload
 
 import torch
@@ -25,13 +26,14 @@ from ..gradients import (
 )
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
-from ..weightings import Weighting, as_weighting
+from ..weightings import MemoryWeighting, Weighting, as_weighting
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
 from .roles import Roles, Task
 from .scaler import enabled_scaler
 from .skip import SkipFlag
+from .tracked import Tracked, check_memory
 from .undo import Snapshot, load_buffers
 from .wrapper import WrappedOptimizer, with_step_hooks
 
@@ -113,6 +115,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
+        if isinstance(weighting, MemoryWeighting):
+            check_memory(weighting, per, update_every)
         params = self.params
         check_single_process(params, process_group, mesh)
         self._roles = Roles(params, shared, heads, groups)
@@ -178,7 +182,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
         Raises:
             As :meth:`backward`, and a ``ValueError`` for both losses and a closure. An exception of the inner optimizer's
-            step puts ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
+            step puts ``.grad`` and the weighting's state back (but not that of one with a memory of gradients, which has
+            moved); what that step had changed by then stays changed.
         """
         if closure is not None:
             if losses is not None:
@@ -230,14 +235,20 @@ class MultiTaskOptimizer(WrappedOptimizer):
             self._check_reached(shared_rows, shared)
         with torch.no_grad():
             problems = Problems(self.per or roles.group_of_shared(), shared)
-            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
-            solve = self._solve if computes else self._keep
+            memories = self.weighting
+            tracked = Tracked(memories, shared_rows, scale) if isinstance(memories, MemoryWeighting) else None
+            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale, tracked)
+            solve = partial(self._solve, tracked=tracked) if computes else self._keep
             info, applied, own_weights = solve(tasks, ordered, *squares, kept)
             buffers = update_buffers(shared_rows, shared)
-            problems.combine(shared_rows, applied, buffers)
             shows_nan = _first_written(shared, buffers)
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
             own_buffers = combine_own(own_rows, own, own_weights, weighted)
+            if tracked is None:
+                problems.combine(shared_rows, applied, buffers)
+            else:
+                tracked.combine(applied, ~info.skipped, buffers)
+                kept.forget_buffers()  # which belong to the memories as they are now
             shows_nan = _first_written(own, own_buffers) if shows_nan is None else shows_nan
             self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
         self.tasks = tasks
@@ -340,13 +351,16 @@ class MultiTaskOptimizer(WrappedOptimizer):
         own_rows: Rows,
         own: list[Tensor],
         scale: Tensor | None,
+        tracked: Tracked | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Grams of the shared and of the other parameters' rows, unscaled, on the first parameter's device."""
-        gram = self._gram(problems, shared_rows, self._roles.shared, tasks)
+        gram = (
+            self._gram(problems, shared_rows, self._roles.shared, tasks) if tracked is None else tracked.gram().to(self.device)
+        )
         own_gram = self._gram(Problems("model", own), own_rows, own, tasks) if own else None
         if scale is not None:
             square = scale.double().square()
-            gram = gram / square
+            gram = gram / square if tracked is None else gram
             own_gram = None if own_gram is None else own_gram / square
         return gram, own_gram
 
@@ -357,25 +371,29 @@ class MultiTaskOptimizer(WrappedOptimizer):
         gram: Tensor,
         own_gram: Tensor | None,
         kept: Snapshot,
+        tracked: Tracked | None = None,
     ) -> tuple[StepInfo, Tensor, Tensor]:
         """Weights of the tasks, on the device: the info, the weights to apply ([K] or [M, K]) and those of the heads ([K])."""
         finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
-        finite = finite if finite.dim() == 1 else finite.all(0)
+        finite = finite[: len(tasks)] if finite.dim() == 1 else finite.all(0)
         if own_gram is not None:
             finite = finite & (own_gram.diagonal() < torch.inf)
         pair = finite.unsqueeze(-1) & finite
-        clean = torch.where(pair, gram, 0.0)
+        every = torch.cat([finite, finite.new_ones(gram.shape[-1] - len(tasks))])  # memories are what they are
+        clean = torch.where(every.unsqueeze(-1) & every, gram, 0.0)
         own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
         values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
-        if drops or any(loss is None for loss in losses):
-            weights = self.weighting(clean, active=active, losses=torch.where(active, values, 0.0))
+        masked = drops or any(loss is None for loss in losses)
+        mask, read = (active, torch.where(active, values, 0.0)) if masked else (None, values)
+        if tracked is None:
+            row_weights = weights = self.weighting(clean, active=mask, losses=read)
         else:
-            weights = self.weighting(clean, losses=values)
+            weights, row_weights = tracked.weigh(clean, mask, read)
         own_weights = active.double()
-        update = UpdateNorm(clean, weights, own_clean, own_weights)
-        info = StepInfo(tasks, values, gram, weights, active, update)
+        update = UpdateNorm(clean, row_weights, own_clean, own_weights)
+        info = StepInfo(tasks, values, gram[..., : len(tasks), : len(tasks)], weights, active, update)
         usable = weights.isfinite().all() & (active.any() if drops else finite.all())
         applied = self._checked(info, update, (weights, own_weights), finite, usable)
         if self.on_nonfinite != "raise":
