@@ -19,6 +19,7 @@ from simulated import Launch, library, simulated_cuda
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.memory import memory_combine_, memory_dtype
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,6 +140,14 @@ def _perturb(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.perturb_(out, [params], [grads], radii, True), [params, grads, *out], CHUNK)
 
 
+def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
+    factors = torch.rand(3, num_tasks, dtype=torch.float64)
+    tensors = [row[0] for row in [*grads, *memory]]
+    return Call(lambda: memory_combine_(out, memory, grads, factors), [*tensors, *out], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -149,6 +158,7 @@ OPS = {
     "priority_combine": _priority_combine,
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
+    "memory_combine_": _memory_combine,
 }
 """Op on gradients -> its representative call."""
 

@@ -7,6 +7,8 @@
 // float32's range it is float64. What has a factor of exactly 0 is not read; a memory that does not move is not written. The
 // result may be one of the gradients.
 
+#include <type_traits>
+
 #include "../common/launch_plan.h"
 #include "../common/memory_plan.h"
 #include "vec.cuh"
@@ -14,7 +16,17 @@
 namespace mtlkernels {
 
 constexpr int kMemoryThreads = 256;
-constexpr int kMemoryRows = 2;  // tasks whose loads are under way together
+constexpr int kMemoryRows = 4;  // tasks whose loads are under way together
+
+/// As many Ts as 16 bytes of a memory hold elements, so that a warp's accesses to a memory leave no gaps: 8 bytes of 16-bit Ts.
+template <typename T>
+union Beside {
+  enum { lanes = kLanes<Sum<T>> };
+  using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  Raw raw;
+  T values[lanes];
+  __device__ Beside() : raw{} {}
+};
 
 /// keep, scale and weight of every task, in fast memory.
 template <typename S>
@@ -51,48 +63,42 @@ struct TaskMemory {
   }
 };
 
-/// Elements [begin, end) of a tensor, `vectors_end` of them by 16 bytes a load.
+/// Elements [begin, end) of a tensor, up to `vectors_end` in vectors.
 template <typename T, typename S>
 __device__ inline void memory_elements(void* const* pointers, int num_tasks, const MemoryFactors<S>& factors, bool squares,
                                        int64_t begin, int64_t vectors_end, int64_t end) {
   using M = Sum<T>;
   using Row = TaskMemory<T, M, S>;
-  constexpr int lanes = kLanes<T>, parts = lanes / kLanes<M>;  // vectors of a memory for one of the gradients
+  using Few = Beside<T>;
   T* out = static_cast<T*>(pointers[2 * num_tasks]);
 #pragma unroll 1
-  for (int64_t e = begin + threadIdx.x * lanes; e < vectors_end; e += kMemoryThreads * lanes) {
-    S sums[lanes] = {};
+  for (int64_t e = begin + threadIdx.x * Few::lanes; e < vectors_end; e += kMemoryThreads * Few::lanes) {
+    S sums[Few::lanes] = {};
 #pragma unroll 1
     for (int k = 0; k < num_tasks; k += kMemoryRows) {
-      Packed<T> grads[kMemoryRows];  // not through the read-only cache: one may be the result
-      Packed<M> memories[kMemoryRows][parts];
+      Few grads[kMemoryRows];  // not through the read-only cache: one may be the result
+      Packed<M> memories[kMemoryRows];
 #pragma unroll
       for (int r = 0; r < kMemoryRows; ++r) {
         const Row row(pointers, num_tasks, factors, squares, k + r);
-        if (row.grad) grads[r].raw = *reinterpret_cast<const uint4*>(row.grad + e);
-#pragma unroll
-        for (int part = 0; part < parts; ++part)
-          if (row.before) memories[r][part].raw = *reinterpret_cast<const uint4*>(row.before + e + part * kLanes<M>);
+        if (row.grad) grads[r].raw = *reinterpret_cast<const typename Few::Raw*>(row.grad + e);
+        if (row.before) memories[r].raw = *reinterpret_cast<const uint4*>(row.before + e);
       }
 #pragma unroll
       for (int r = 0; r < kMemoryRows; ++r) {
         const Row row(pointers, num_tasks, factors, squares, k + r);
 #pragma unroll
-        for (int part = 0; part < parts; ++part) {
-#pragma unroll
-          for (int lane = 0; lane < kLanes<M>; ++lane) {
-            const int at = part * kLanes<M> + lane;
-            M& value = memories[r][part].values[lane];
-            narrow(M(row.moved(S(value), S(widen(grads[r].values[at])), sums[at])), value);
-          }
-          if (row.after) store_packed(row.after + e + part * kLanes<M>, memories[r][part]);
+        for (int lane = 0; lane < Few::lanes; ++lane) {
+          M& value = memories[r].values[lane];
+          value = M(row.moved(S(value), S(widen(grads[r].values[lane])), sums[lane]));
         }
+        if (row.after) store_packed(row.after + e, memories[r]);
       }
     }
-    Packed<T> packed;
+    Few result;
 #pragma unroll
-    for (int lane = 0; lane < lanes; ++lane) narrow(M(sums[lane]), packed.values[lane]);
-    store_packed(out + e, packed);
+    for (int lane = 0; lane < Few::lanes; ++lane) narrow(M(sums[lane]), result.values[lane]);
+    __stwb(reinterpret_cast<typename Few::Raw*>(out + e), result.raw);  // in one instruction, as store_packed
   }
 #pragma unroll 1
   for (int64_t e = vectors_end + threadIdx.x; e < end; e += kMemoryThreads) {
@@ -133,7 +139,8 @@ __global__ void __launch_bounds__(kMemoryThreads)
   }
   bool aligned = true;
   for (int i = 0; i < table.num_pointers; ++i) aligned &= is_aligned(static_cast<const char*>(pointers[i]));
-  const int64_t vectors_end = aligned ? chunk.begin + (chunk.end - chunk.begin) / kLanes<T> * kLanes<T> : chunk.begin;
+  const int64_t vectors_end =
+      aligned ? chunk.begin + (chunk.end - chunk.begin) / Beside<T>::lanes * Beside<T>::lanes : chunk.begin;
   memory_elements<T, S>(pointers, num_tasks, own, squares, chunk.begin, vectors_end, chunk.end);
 }
 
