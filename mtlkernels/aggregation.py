@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from .checks import check_lengths
 from .granularity import KINDS, Problems, groups_of
 from .ops import Gradients, _rows
 from .reference import Granularity, like
 from .weightings import MemoryWeighting, Weighting, as_weighting
+from .weightings.cross.base import cross_of, of_both, takes_cross
 
 
 def aggregate(
@@ -17,6 +19,7 @@ def aggregate(
     *,
     per: Granularity | Mapping[str, Sequence[int]] = "model",
     losses: Tensor | None = None,
+    other: Gradients | None = None,
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
@@ -31,19 +34,35 @@ def aggregate(
             a tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form
             one more, the last.
         losses: [K], for weightings that read them.
+        other: the gradients of a second, independent batch, for the weightings that take a cross Gram (``"modo"``,
+            ``"sdmgrad"``): the update is the weighted mean of both batches' gradients.
 
     Returns:
         N tensors, None where every task is None.
 
     Raises:
-        ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, or ``per``.
+        ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, ``per``, or ``other``.
     """
     rows = _rows(grads, "grads")
     weighting = as_weighting(weighting)
-    if isinstance(weighting, MemoryWeighting):
+    if isinstance(weighting, MemoryWeighting) and other is None:
         if per != "model":
             raise ValueError(f'{type(weighting).__name__} has one memory and one set of weights; pass per="model".')
         return weighting.aggregate(rows, out, losses)
+    crosses = takes_cross(weighting)
+    if crosses != (other is not None):
+        name = type(weighting).__name__
+        raise ValueError(
+            f"{name} takes the gradients of two independent batches; pass other=gradients of the second."
+            if crosses
+            else f"other is given, but {name} takes one batch; leave it out."
+        )
+    if other is not None:
+        num_tasks, rows = len(rows), [*rows, *_rows(other, "other")]
+        names = [f"{argument}[{k}]" for argument in ("grads", "other") for k in range(num_tasks)]
+        if len(rows) != 2 * num_tasks:
+            raise ValueError(f"other lists {len(rows) - num_tasks} tasks, grads list {num_tasks}; pass as many of both.")
+        check_lengths(rows, names=names)
     models = [like(column) for column in zip(*rows, strict=True)]
     if isinstance(per, Mapping):
         problems = Problems(groups_of(per, len(models)), models)
@@ -51,4 +70,6 @@ def aggregate(
         problems = Problems(per, models)
     else:
         raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
-    return problems.combine(rows, weighting(problems.gram(rows), losses=losses), out)
+    gram = problems.gram(rows)
+    weights = of_both(weighting(cross_of(gram), losses=losses)) if crosses else weighting(gram, losses=losses)
+    return problems.combine(rows, weights, out)

@@ -10,6 +10,7 @@ from .config import ConFIG
 from .conicgrad import ConicGrad
 from .constant import Constant
 from .cr_mogm import CRMOGM
+from .cross import CROSS, CrossWeighting, MoDo, SDMGrad
 from .dualproj import DualProj
 from .fairgrad import FairGrad
 from .gradvac import GradVac
@@ -51,20 +52,21 @@ REGISTRY: dict[str, type[Weighting]] = {
     "sum": Sum,
     "upgrad": UPGrad,
 }
-"""Registry string -> class that needs a Gram alone; ``MEMORY`` has those that keep a memory of gradients."""
+"""Registry string -> class that needs a Gram alone; ``MEMORY`` has those that keep a memory of gradients, ``CROSS`` those that
+take two batches."""
 
 
 def get_weighting(name: str, **options: Any) -> Weighting:
     """A weighting by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
 
     Args:
-        name: one of ``REGISTRY`` or ``MEMORY``.
+        name: one of ``REGISTRY``, ``MEMORY`` or ``CROSS``.
         **options: the class's arguments.
 
     Raises:
         ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
-    known = {**REGISTRY, **MEMORY}
+    known = {**REGISTRY, **MEMORY, **CROSS}
     if name not in known:
         raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(known))}, or pass a Weighting.")
     try:
@@ -100,6 +102,7 @@ __all__ = [
     "ConFIG",
     "ConicGrad",
     "Constant",
+    "CrossWeighting",
     "DualProj",
     "FairGrad",
     "GradVac",
@@ -107,9 +110,11 @@ __all__ = [
     "Mean",
     "MemoryWeighting",
     "MoCo",
+    "MoDo",
     "NGDiff",
     "NashMTL",
     "PCGrad",
+    "SDMGrad",
     "Sum",
     "UPGrad",
     "Weighting",

@@ -16,7 +16,7 @@ def share_of(state: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     held = torch.where(mask, torch.where(state.isnan(), 1 / max(state.shape[-1], 1), state), 0.0)
     part = held.sum(-1, keepdim=True)
-    equal = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    equal = mask.double() / mask.sum(-1, keepdim=True).clamp(min=1)
     return torch.where(part > 0, held / torch.where(part > 0, part, 1.0), equal), part
 
 
