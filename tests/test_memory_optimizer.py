@@ -67,7 +67,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name):
         assert torch.equal(value, state[key]), key
 
 
-@pytest.mark.parametrize("name", ["moco", "db_mtl"])
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "excess_mtl"])
 def test_a_task_that_is_dropped_or_absent_keeps_its_memory(name):
     for absent in (False, True):
         model = Net()
@@ -118,7 +118,7 @@ def test_checkpoints_resume_to_the_bit(name):
     assert_equal(values_of(other), values_of(model))
 
 
-@pytest.mark.parametrize("name", ["moco", "db_mtl", "moco official"])
+@pytest.mark.parametrize("name", ["moco", "db_mtl", "moco official", "excess_mtl"])
 def test_a_scaler_changes_nothing_but_the_scale(name):
     """A power of two is exact. The memories are of unscaled gradients."""
     model, plain = Net(), Net()

@@ -22,6 +22,9 @@ METHODS = {
     "db_mtl": {},
     "db_mtl falling": {"beta": 0.5, "beta_sigma": 0.5},
     "db_mtl none": {"beta": 0.0},
+    "excess_mtl": {},
+    "excess_mtl libmtl": {"eta": 1e-2, "first_update": "none"},
+    "excess_mtl warm": {"n_warmup": 2},
 }
 
 
@@ -69,7 +72,28 @@ class DbMtl:
         return (norms.max() / (norms + 1e-8)) @ self.y
 
 
-ORACLES = {"moco": Moco, "db_mtl": DbMtl}
+class Excess:
+    def __init__(self, eta=1.0, n_warmup=0, first_update="raw"):
+        self.eta, self.n_warmup, self.first_update = eta, n_warmup, first_update
+        self.step, self.sums, self.baseline = 0, 0.0, 0.0
+
+    def __call__(self, g: np.ndarray, losses: np.ndarray) -> np.ndarray:
+        if self.step == 0:
+            self.w = np.full(len(g), 1 / len(g))
+        self.sums = self.sums + g**2
+        e = (g**2 / np.sqrt(self.sums + 1e-7)).sum(1)
+        warm = self.step < self.n_warmup
+        first = self.step == 0 and not self.n_warmup
+        if warm or first:
+            self.baseline = self.baseline + e / max(self.n_warmup, 1)
+        self.step += 1
+        if not (warm or (first and self.first_update == "none")):
+            v = np.log(self.w) + self.eta * (e if first else e / (self.baseline + 1e-7))
+            self.w = np.exp(v - v.max()) / np.exp(v - v.max()).sum()
+        return self.w @ g
+
+
+ORACLES = {"excess_mtl": Excess, "moco": Moco, "db_mtl": DbMtl}
 
 
 def batch(seed: int, num_tasks: int = 3, dtype=torch.float32, shapes=SHAPES) -> tuple[list[list[Tensor]], Tensor]:
@@ -84,6 +108,8 @@ def batch(seed: int, num_tasks: int = 3, dtype=torch.float32, shapes=SHAPES) -> 
         ("moco official", [(0.09, 0.1), (0.1193892256, 0.1636396103)]),
         ("db_mtl", [(0.0129483169, 0.1688247139), (0.0246018056, 0.3207669605)]),
         ("db_mtl none", [(0.1294832097, 1.6882472016)]),
+        ("excess_mtl", [(4.8079707842, 1)]),
+        ("excess_mtl libmtl", [(1, 1)]),  # LibMTL's weights have sum K
     ],
 )
 def test_published_figures(backend, name, expected):
@@ -159,6 +185,19 @@ def test_what_is_not_finite_changes_nothing(backend, name, fault):
         assert torch.equal(a, b), key
 
 
+@pytest.mark.parametrize("num_tasks", [1, 2, 5])
+@pytest.mark.parametrize("n_warmup", [0, 2])
+def test_excess_mtl_agrees_with_torchjd(backend, num_tasks, n_warmup):
+    torchjd = pytest.importorskip("torchjd.aggregation")
+    if not hasattr(torchjd, "ExcessMTL"):
+        pytest.skip("this torchjd has no ExcessMTL")
+    own, other = mtl.ExcessMTL(0.3, n_warmup), torchjd.ExcessMTL(0.3, n_warmup)
+    for seed in range(5):
+        matrix = torch.randn(num_tasks, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        (update,) = mtl.aggregate(matrix, own)
+        torch.testing.assert_close(update, other(matrix), rtol=1e-9, atol=1e-12)
+
+
 def test_a_loss_that_is_not_positive_has_no_logarithm(backend):
     method = mtl.DBMTL()
     (update,) = mtl.aggregate(J, method, losses=torch.tensor([1.0, 0.0]))
@@ -171,7 +210,7 @@ def test_an_absent_task_changes_nothing_of_its_own(backend, name):
     """The others' update is that of a method that knows them alone, and afterwards the absent task goes on where it was."""
     method, others = make(name), make(name)
     first, losses = batch(0, 3)
-    if name.startswith("moco"):  # equal shares, so that the others' are those of a method of two tasks
+    if not name.startswith("db_mtl"):  # equal shares, so that the others' are those of a method of two tasks
         others.load_state_dict(make(name).state_dict())
     else:
         mtl.aggregate(first, method, losses=losses)
@@ -181,7 +220,8 @@ def test_an_absent_task_changes_nothing_of_its_own(backend, name):
     rows = [*grads[:2], [None] * len(SHAPES)]
     memory = method.memory_of(rows)
     losses[2] = torch.nan
-    update = method.update(method.gram(rows, memory), active=torch.tensor([True, True, False]), losses=losses)
+    excess = method.measure(rows, memory, torch.ones(3, dtype=torch.float64))
+    update = method.update(method.gram(rows, memory), active=torch.tensor([True, True, False]), losses=losses, excess=excess)
     actual = method.combine(update, rows, memory)
     expected = mtl.aggregate(grads[:2], others, losses=losses[:2])
     for a, b in zip(actual, expected, strict=True):
@@ -241,6 +281,9 @@ def test_bad_use(backend, name):
         ("moco", {"rho": -1.0}),
         ("moco", {"simplex": "l2"}),
         ("moco", {"normalize": "l2"}),
+        ("excess_mtl", {"eta": 0.0}),
+        ("excess_mtl", {"n_warmup": -1}),
+        ("excess_mtl", {"first_update": "libmtl"}),
         ("db_mtl", {"beta": 1.5}),
         ("db_mtl", {"beta_sigma": -0.5}),
     ],

@@ -17,7 +17,7 @@ from .gradvac import GradVac
 from .imtl_g import IMTLG
 from .krum import Krum
 from .mean import Mean
-from .memory import DBMTL, MEMORY, MemoryWeighting, MoCo
+from .memory import DBMTL, MEMORY, ExcessMTL, MemoryWeighting, MoCo
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
@@ -104,6 +104,7 @@ __all__ = [
     "Constant",
     "CrossWeighting",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "GradVac",
     "Krum",
