@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
-from ..weightings import Weighting
+from ..weightings import CrossWeighting, MemoryWeighting, Weighting
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
@@ -157,6 +157,12 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             mesh=mesh,
         )
         self.weightings = FlatWeightings(aggregation, self.weighting, flat_weighting, pair_weighting).to(self.device)
+        for part in self.weightings.modules():
+            if isinstance(part, (CrossWeighting, MemoryWeighting)):
+                raise ValueError(
+                    f"{type(part).__name__} takes a second batch or a memory of gradients, which flat parts lack; pass a "
+                    "weighting of a Gram."
+                )
         self.aggregation, self.perturbation, self.adaptive, self.joint = aggregation, perturbation, adaptive, joint
         self.rho, self.head_rho, self.beta, self.probe, self.module = rho, head_rho, beta, probe, module
 
@@ -216,7 +222,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         return closure  # called by _backward, several times
 
     def _backward(  # type: ignore[override]
-        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot
+        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot, other: None = None
     ) -> FlatInfo:
         check_function(losses_fn)
         statistics = self._statistics

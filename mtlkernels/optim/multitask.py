@@ -27,11 +27,13 @@ from ..gradients import (
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import MemoryWeighting, Weighting, as_weighting
+from ..weightings.cross.base import cross_of, of_both, takes_cross
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
 from .roles import Roles, Task
 from .scaler import enabled_scaler
+from .second import check_second, second_losses
 from .skip import SkipFlag
 from .tracked import Tracked, check_memory
 from .undo import Snapshot, load_buffers
@@ -117,6 +119,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
         if isinstance(weighting, MemoryWeighting):
             check_memory(weighting, per, update_every)
+        if update_every != 1 and takes_cross(weighting):
+            raise ValueError(f"{type(weighting).__name__} needs both batches' gradients in every step; pass update_every=1.")
         params = self.params
         check_single_process(params, process_group, mesh)
         self._roles = Roles(params, shared, heads, groups)
@@ -137,7 +141,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     # --- the update ------------------------------------------------------------------------------------------------------
 
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
+    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None, *, other: Losses | None = None) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
         Follow with ``step()``, or ``scaler.step(optimizer)`` and ``scaler.update()``. An update that is not finite leaves NaN
@@ -148,6 +152,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 absent: no weight, and its state in the weighting stays.
             scaler: scales the losses; ``.grad`` stays scaled until ``scaler.unscale_``, weights and clipping are those of
                 the unscaled gradients.
+            other: the losses of a second, independent batch at the same parameters, for weightings that take a cross Gram
+                (``"modo"``, ``"sdmgrad"``), and for these only; the same tasks are there. The update, the heads' as well, is
+                the mean of both batches'; the info's losses and Gram are the first's.
 
         Raises:
             ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
@@ -155,20 +162,24 @@ class MultiTaskOptimizer(WrappedOptimizer):
             Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
         """
         with self._undone_on_error() as before:
-            return self._backward(losses, scaler, accumulate=True, kept=before)
+            return self._backward(losses, scaler, accumulate=True, kept=before, other=other)
 
     @overload  # type: ignore[override]  # losses instead of a closure that returns a number
     def step(self, losses: None = None, *, closure: None = None) -> None: ...
 
     @overload
-    def step(self, losses: Losses | Callable[[], Losses], *, closure: None = None) -> StepInfo: ...
+    def step(self, losses: Losses | Callable[[], Losses], *, closure: None = None, other: Losses | None = None) -> StepInfo: ...
 
     @overload
-    def step(self, losses: None = None, *, closure: Callable[[], Losses]) -> StepInfo: ...
+    def step(self, losses: None = None, *, closure: Callable[[], Losses], other: Losses | None = None) -> StepInfo: ...
 
     @with_step_hooks
     def step(
-        self, losses: Losses | Callable[[], Losses] | None = None, *, closure: Callable[[], Losses] | None = None
+        self,
+        losses: Losses | Callable[[], Losses] | None = None,
+        *,
+        closure: Callable[[], Losses] | None = None,
+        other: Losses | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -176,6 +187,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them. None: steps
                 from ``.grad`` as :meth:`backward` or the caller left it.
             closure: the closure under the name that callers of torch optimizers use.
+            other: as in :meth:`backward`.
 
         Returns:
             The update's info; None without losses.
@@ -190,6 +202,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
+            if other is not None:
+                raise ValueError("other is given without losses; pass the losses of both batches.")
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
@@ -198,7 +212,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if callable(losses):
             losses = cast(Losses, self._evaluated(losses))
         with self._undone_on_error() as before:
-            info = self._backward(losses, None, accumulate=False, kept=before)
+            info = self._backward(losses, None, accumulate=False, kept=before, other=other)
             info.host_reads += self._step_inner(self._skip.on_device())
         self._forget()
         return info
@@ -224,13 +238,30 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self.optimizer.add_param_group(param_group)
         self._roles = roles.refreshed(self.params, shared)
 
-    def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
+    def _backward(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: bool,
+        kept: Snapshot,
+        other: Losses | None = None,
+    ) -> StepInfo:
+        check_second(self.weighting, other)
         tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        second = None if other is None else second_losses(other, tasks, ordered)
+        if second is not None:
+            check_graph(second, self.gradients, any(p.requires_grad for p in self._roles.found))
         roles = self._roles
         shared = roles.shared
         own, own_of_task = roles.own(tasks)
         computes = self._held.left <= 0
         shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, computes)
+        if second is not None:
+            scaled = second if scale is None else [None if loss is None else loss * scale.to(loss.device) for loss in second]
+            for rows, more in zip(
+                (shared_rows, own_rows), self._rows(scaled, tasks, shared, own, own_of_task, computes), strict=True
+            ):
+                rows += more
         if all(loss is not None for loss in ordered):
             self._check_reached(shared_rows, shared)
         with torch.no_grad():
@@ -375,27 +406,34 @@ class MultiTaskOptimizer(WrappedOptimizer):
     ) -> tuple[StepInfo, Tensor, Tensor]:
         """Weights of the tasks, on the device: the info, the weights to apply ([K] or [M, K]) and those of the heads ([K])."""
         finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
-        finite = finite[: len(tasks)] if finite.dim() == 1 else finite.all(0)
+        crosses = takes_cross(self.weighting)
+        batches = 2 if crosses else 1
+        finite = finite if finite.dim() == 1 else finite.all(0)
+        finite = finite[: batches * len(tasks)]
         if own_gram is not None:
             finite = finite & (own_gram.diagonal() < torch.inf)
-        pair = finite.unsqueeze(-1) & finite
-        every = torch.cat([finite, finite.new_ones(gram.shape[-1] - len(tasks))])  # memories are what they are
+        finite = finite.unflatten(0, (batches, len(tasks))).all(0)
+        both = finite.repeat(batches)
+        every = torch.cat([both, both.new_ones(gram.shape[-1] - len(both))])  # memories are what they are
         clean = torch.where(every.unsqueeze(-1) & every, gram, 0.0)
-        own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
+        own_clean = None if own_gram is None else torch.where(both.unsqueeze(-1) & both, own_gram, 0.0)
         values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
         masked = drops or any(loss is None for loss in losses)
         mask, read = (active, torch.where(active, values, 0.0)) if masked else (None, values)
-        if tracked is None:
-            row_weights = weights = self.weighting(clean, active=mask, losses=read)
-        else:
-            weights, row_weights = tracked.weigh(clean, mask, read)
         own_weights = active.double()
+        if tracked is not None:
+            weights, row_weights = tracked.weigh(clean, mask, read)
+        elif crosses:
+            weights = self.weighting(cross_of(clean), active=mask, losses=read)
+            row_weights, own_weights = of_both(weights), of_both(own_weights)
+        else:
+            row_weights = weights = self.weighting(clean, active=mask, losses=read)
         update = UpdateNorm(clean, row_weights, own_clean, own_weights)
         info = StepInfo(tasks, values, gram[..., : len(tasks), : len(tasks)], weights, active, update)
         usable = weights.isfinite().all() & (active.any() if drops else finite.all())
-        applied = self._checked(info, update, (weights, own_weights), finite, usable)
+        applied = self._checked(info, update, (row_weights if tracked is None else weights, own_weights), finite, usable)
         if self.on_nonfinite != "raise":
             kept.restore_buffers_unless(usable)
         if self.update_every > 1:
