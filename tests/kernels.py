@@ -43,6 +43,7 @@ BELOW_BAR = [
     (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
     (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
+    (r"memory_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"

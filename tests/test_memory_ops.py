@@ -192,9 +192,3 @@ def test_bad_arguments_change_nothing(backend, change, message):
     with pytest.raises(ValueError, match=message):
         memory_combine_(out, given, grads, factors)
     assert all(torch.equal(a, b) for a, b in zip((t for row in memory for t in row), before, strict=True))
-
-
-def test_opcheck():
-    grads, out = random_gradients(2, [(5, 4), (3,)]), [torch.zeros(5, 4), torch.zeros(3)]
-    arguments = (out, [t for row in memories(grads) for t in row], [*grads[0], grads[1][0], None], factors_of(2), False)
-    torch.library.opcheck(torch.ops.mtlkernels.memory_combine_.default, arguments)
