@@ -28,6 +28,7 @@ TRITON_OPS = (
     "combine_channels_",
     "mix",
     "perturb_",
+    "memory_combine_",
     "priority_combine",
     "priority_combine_",
 )

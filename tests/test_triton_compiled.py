@@ -13,7 +13,8 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
-from mtlkernels.triton import combine, gram, launch, perturb, priority, targets
+from mtlkernels.memory import memory_dtype
+from mtlkernels.triton import combine, gram, launch, memory, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -97,6 +98,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
         )
     first = [[c[0], c[0]] for c in columns]
     launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
+    rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
+    launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, gram, perturb, priority
+from . import combine, gram, memory, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -47,6 +47,8 @@ class Target(NamedTuple):
             return constants | {"SLICE": priority.SLICE}, options
         if self.kernel is perturb.perturb_chunks:
             return perturb.meta(self.dtype, chip)
+        if self.kernel is memory.memory_chunks:
+            return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
@@ -65,6 +67,7 @@ def targets() -> Iterator[Target]:
             yield Target(priority.priority_products, num_rows, dtype, "products")
             yield Target(priority.priority_results, num_rows, dtype, "results")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
+        yield Target(memory.memory_chunks, 4, dtype, "memory")
     for num_rows in priority.CLASSES:
         yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
@@ -87,6 +90,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is perturb.perturb_chunks:
         pointers = {"table": "*i64", "radii": "*fp64"}
         numbers = ["num_tensors", "adaptive"]
+    elif target.kernel is memory.memory_chunks:
+        pointers = {"table": "*i64", "factors": "*fp64"}
+        numbers = ["num_tensors", "num_tasks", "squares"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]
