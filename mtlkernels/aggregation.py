@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from .checks import check_lengths
 from .granularity import KINDS, Problems, groups_of
 from .ops import Gradients, _rows
 from .reference import Granularity, like
-from .weightings import Elementwise, Weighting, as_method
+from .weightings import Elementwise, MemoryWeighting, Weighting, as_method
+from .weightings.cross.base import cross_of, of_both, takes_cross
 
 
 def aggregate(
@@ -17,11 +19,13 @@ def aggregate(
     *,
     per: Granularity | Mapping[str, Sequence[int]] = "model",
     losses: Tensor | None = None,
+    other: Gradients | None = None,
 ) -> list[Tensor | None]:
     """One update direction from task gradients: ``combine(grads, weighting(gram(grads)), out)``.
 
-    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. Of
-    an :class:`Elementwise` method ``weighting(grads, out)``, in one read.
+    Two reads of the gradients and one write of the result, whatever the number of problems; nothing returns to the host. A
+    weighting with a memory of gradients reads that twice, too, and writes it once. Of an :class:`Elementwise` method
+    ``weighting(grads, out)``, in one read.
 
     Args:
         grads: K sequences of N tensors, as in :func:`mtlkernels.gram`.
@@ -31,14 +35,38 @@ def aggregate(
             a tensor viewed as [out, rest]), or for each group of tensors, {name: indices of tensors}. Tensors in no group form
             one more, the last. An elementwise method has one for each element: ``"model"`` only.
         losses: [K], for weightings that read them.
+        other: the gradients of a second, independent batch, for the weightings that take a cross Gram (``"modo"``,
+            ``"sdmgrad"``): the update is the weighted mean of both batches' gradients.
 
     Returns:
         N tensors, None where every task is None.
 
     Raises:
-        ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, or ``per``.
+        ValueError: as in :func:`mtlkernels.gram` and :func:`mtlkernels.combine`, an unknown weighting, ``per``, or ``other``.
     """
     rows = _rows(grads, "grads")
+    weighting = as_method(weighting)
+    if isinstance(weighting, (Elementwise, MemoryWeighting)) and other is None:
+        if per != "model":
+            raise ValueError(f'{type(weighting).__name__} takes the model as a whole; pass per="model".')
+        if isinstance(weighting, MemoryWeighting):
+            return weighting.aggregate(rows, out, losses)
+        result: list[Tensor | None] = weighting(rows, out)
+        return result
+    crosses = takes_cross(weighting)
+    if crosses != (other is not None):
+        name = type(weighting).__name__
+        raise ValueError(
+            f"{name} takes the gradients of two independent batches; pass other=gradients of the second."
+            if crosses
+            else f"other is given, but {name} takes one batch; leave it out."
+        )
+    if other is not None:
+        num_tasks, rows = len(rows), [*rows, *_rows(other, "other")]
+        names = [f"{argument}[{k}]" for argument in ("grads", "other") for k in range(num_tasks)]
+        if len(rows) != 2 * num_tasks:
+            raise ValueError(f"other lists {len(rows) - num_tasks} tasks, grads list {num_tasks}; pass as many of both.")
+        check_lengths(rows, names=names)
     models = [like(column) for column in zip(*rows, strict=True)]
     if isinstance(per, Mapping):
         problems = Problems(groups_of(per, len(models)), models)
@@ -46,10 +74,6 @@ def aggregate(
         problems = Problems(per, models)
     else:
         raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
-    method = as_method(weighting)
-    if isinstance(method, Elementwise):
-        if per != "model":
-            raise ValueError(f"per is {per!r}, and {type(method).__name__} combines every element by itself; leave per out.")
-        result: list[Tensor | None] = method(rows, out)
-        return result
-    return problems.combine(rows, method(problems.gram(rows), losses=losses), out)
+    gram = problems.gram(rows)
+    weights = of_both(weighting(cross_of(gram), losses=losses)) if crosses else weighting(gram, losses=losses)
+    return problems.combine(rows, weights, out)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import elementwise, flat  # noqa: F401  they define ops that are asked for below
+from . import elementwise, flat, memory  # noqa: F401  they define ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -28,6 +28,7 @@ TRITON_OPS = (
     "combine_channels_",
     "mix",
     "perturb_",
+    "memory_combine_",
     "priority_combine",
     "priority_combine_",
     "graddrop",

@@ -19,6 +19,7 @@ from simulated import Launch, library, simulated_cuda
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.memory import memory_combine_, memory_dtype
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,6 +44,7 @@ BELOW_BAR = [
     (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
     (r"graddrop<((BFloat16|__half),[12]|.*,64)>", "B200", FEW_WARPS),
+    (r"memory_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
@@ -151,6 +153,14 @@ def _graddrop(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.graddrop_(out, flat, leak, None, seed, [0]), [*flat, *out], CHUNK)
 
 
+def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
+    factors = torch.rand(3, num_tasks, dtype=torch.float64)
+    tensors = [row[0] for row in [*grads, *memory]]
+    return Call(lambda: memory_combine_(out, memory, grads, factors), [*tensors, *out], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -162,6 +172,7 @@ OPS = {
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
     "graddrop": _graddrop,
+    "memory_combine_": _memory_combine,
 }
 """Op on gradients -> its representative call."""
 

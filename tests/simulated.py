@@ -241,7 +241,8 @@ class SimulatedCuda:
             for data, device in self.places.items():
                 self.library.c.fake_cuda_place(ctypes.c_void_p(data), device)
             given = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(t, Tensor)]
-            written = list(args[0]) if function._schema.is_mutable else []
+            arguments = zip(function._schema.arguments, args, strict=False)
+            written = [t for given, arg in arguments if given.alias_info and given.alias_info.is_write for t in arg]
             self._allocations = _Allocations(given)
             self._given = [t for t in given if t.numel() > 0 and t.data_ptr() not in self.places]
             self._readonly = [t for t in self._given if not any(_overlap(t, out) for out in written)]

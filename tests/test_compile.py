@@ -203,6 +203,18 @@ OPCHECKS = {
         OPS.perturb_,
         ([torch.zeros(6, 4).T], [torch.ones(4, 6)], [torch.ones(6, 4).T], W2[:1], False),
     ),
+    "memory_combine_": lambda: (
+        OPS.memory_combine_,
+        ([torch.zeros(4, 3)], flat(2, [(4, 3)], seed=1), [torch.ones(4, 3), None], torch.rand(3, 2).double(), False),
+    ),
+    "memory_combine_, squares": lambda: (
+        OPS.memory_combine_,
+        (flat(1, [(8,)], torch.bfloat16), flat(2, [(8,)], seed=1), flat(2, [(8,)], torch.bfloat16), torch.rand(3, 2), True),
+    ),
+    "excess_risk": lambda: (
+        OPS.excess_risk,
+        ([torch.ones(4, 3), None], [torch.ones(4, 3), torch.ones(4, 3)], W2.abs(), 1e-7),
+    ),
     "combine": lambda: (OPS.combine, (flat(2, [(4, 3), (5,), ()]), W2)),
     "combine, per tensor": lambda: (OPS.combine, (flat(3, [(4, 3), (5,)], torch.float16), W3.expand(2, 3).clone())),
     "combine, strided": lambda: (OPS.combine, (strided(), W2)),

@@ -68,6 +68,8 @@ class Untouched:
         ({"per": "channel"}, "per is 'channel'"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite is 'ignore'"),
         ({"max_norm": 0.0}, "max_norm is 0.0"),
+        ({"weighting": "modo"}, "second batch"),
+        ({"flat_weighting": mtl.MoCo()}, "memory of gradients"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -27,6 +27,8 @@ OPS = {
     "graddrop_",
     "paired_gram",
     "perturb_",
+    "memory_combine_",
+    "excess_risk",
     "cosine",
     "magnitude_similarity",
     "conflict_rate",
@@ -50,6 +52,7 @@ OPS = {
 }
 COMPILED = {
     "gram", "cross_gram", "paired_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix", "perturb_",
+    "memory_combine_",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import mtlkernels as mtl
 from mtlkernels.dispatch import use_backend
+from mtlkernels.memory import memory_combine_, memory_dtype
 
 pytestmark = requires_nvcc
 
@@ -210,11 +211,18 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "connection_strength",
         "paired_gram",  # test_cuda_flat.py
         "perturb_",
+        "memory_combine_",  # test_cuda_memory.py
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
 
 # --- launches -----------------------------------------------------------------------------------------------------------------
+
+
+def move(grads: list[list[Tensor]]) -> None:
+    out = [torch.empty_like(t) for t in grads[0]]
+    memory = [[torch.zeros_like(t, dtype=memory_dtype(t.dtype)) for t in row] for row in grads]
+    memory_combine_(out, memory, grads, torch.ones(3, len(grads), dtype=torch.float64))
 
 
 def test_every_kernel_is_launched_by_an_op():
@@ -231,6 +239,7 @@ def test_every_kernel_is_launched_by_an_op():
                 if num_tasks <= 32:
                     mtl.flat_gram(grads, grads)
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
+                move(grads)
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
@@ -351,6 +360,7 @@ FAILING = {
     "connection_strength": lambda grads: mtl.connection_strength(torch.ones(2, 3), torch.ones(1, 2), torch.ones(1, 2)),
     "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
     "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
+    "memory_combine_": lambda grads: move(grads),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }

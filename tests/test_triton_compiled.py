@@ -13,7 +13,8 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
-from mtlkernels.triton import combine, graddrop, gram, launch, perturb, priority, targets
+from mtlkernels.memory import memory_dtype
+from mtlkernels.triton import combine, graddrop, gram, launch, memory, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -99,6 +100,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
     drop = graddrop.Drop(torch.zeros(num_tasks, dtype=torch.float64), None, torch.zeros(1, dtype=torch.int64), [0, 1])
     launches += graddrop.plan(columns, [torch.empty_like(c[0]) for c in columns], drop)
+    rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
+    launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

@@ -17,6 +17,7 @@ from helpers import (
     to_numpy,
 )
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
+from test_memory_ops import check, factors_of
 
 import mtlkernels as mtl
 from mtlkernels import dispatch
@@ -88,6 +89,15 @@ def test_pairs_and_perturbations(num_tasks):
     assert_perturbed(params, values, expected, torch.float32)
     mtl.restore_(params, originals)
     assert all(torch.equal(p, v) for p, v in zip(params, values, strict=True))
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("num_tasks", [1, 5])
+def test_memories(num_tasks, squares):
+    grads = random_gradients(num_tasks, [(40,), (6, 4), (3, 5)])
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    check(grads, factors_of(num_tasks), squares)
+    check(grads, factors_of(num_tasks), squares, out=list(grads[0]))
 
 
 def test_mixed_dtypes():

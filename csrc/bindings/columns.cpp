@@ -94,8 +94,8 @@ void require(bool condition, const char* message, int64_t task, int64_t tensor) 
 }
 
 Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out, int64_t num_out,
-                 bool logical)
-    : logical_(logical), num_out_(num_out) {
+                 bool logical, int64_t num_wide)
+    : logical_(logical), num_out_(num_out), num_wide_(num_wide) {
   require(num_tasks > 0 ? int64_t(grads.size()) % num_tasks == 0 : grads.empty(),
           "the gradients are not num_tasks rows of equal length");
   const int64_t num_columns = num_tasks > 0 ? int64_t(grads.size()) / num_tasks : 0;
@@ -119,15 +119,20 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
                   const std::vector<Tensor>* out) {
   std::vector<View> views;
   std::vector<int64_t> present;
+  int column_dtype = num_wide_ > 0 ? int(view((*out)[n], -1, n).dtype) : -1;
   views.reserve(num_tasks + num_out_);
   for (int64_t k = 0; k < num_tasks + num_out_; ++k) {
     const bool is_out = k >= num_tasks;
     if (!is_out && !grads[k * num_columns + n]) continue;
     views.push_back(view(is_out ? (*out)[(k - num_tasks) * num_columns + n] : *grads[k * num_columns + n], is_out ? -1 : k, n));
     const View &first = views.front(), &now = views.back();
+    const bool is_wide = !is_out && k >= num_tasks - num_wide_;
+    if (!is_wide && column_dtype < 0) column_dtype = int(now.dtype);
     const bool same_shape = first.dim == now.dim && std::equal(first.sizes, first.sizes + first.dim, now.sizes);
     require(same_shape, "shape differs from the tensor's first gradient", k, n);
-    require(first.dtype == now.dtype, "dtype differs from the tensor's first gradient", k, n);
+    const bool is_double = column_dtype == int(DType::float64);
+    require(is_wide ? now.dtype == (is_double ? DType::float64 : DType::float32) : int(now.dtype) == column_dtype,
+            "dtype differs from the tensor's first gradient, or a memory's is not float32 (float64)", k, n);
     if (device_type_ < 0) {
       device_type_ = now.device_type;
       device_index_ = now.device_index;
@@ -143,7 +148,7 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
   cpu::Column column{rows_.data() + n * num_tasks, nullptr, int(num_tasks), DType::float32, {0, 0, nullptr}};
   if (!views.empty()) {
     const View& first = views.front();
-    column.dtype = first.dtype;
+    column.dtype = DType(column_dtype);
     column.layout.numel = first.numel;
     channels_[n] = first.dim ? first.sizes[0] : 1;
     total_elements_ += first.numel * int64_t(views.size());

@@ -40,9 +40,10 @@ class Columns {
  public:
   /// `grads` and `out` must outlive this. `row_major`: element i of a column is its i-th in logical order, channels being rows;
   /// otherwise any common order of a dense column will do. `out` holds num_out results per column, result-major, or is null.
-  /// `logical`: element i is the i-th in logical order, within channels, too.
+  /// `logical`: element i is the i-th in logical order, within channels, too. The last `num_wide` rows are float64 beside float64
+  /// results, else float32.
   Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out = nullptr,
-          int64_t num_out = 0, bool logical = false);
+          int64_t num_out = 0, bool logical = false, int64_t num_wide = 0);
 
   int64_t size() const { return int64_t(columns_.size()); }
   const cpu::Column& operator[](int64_t n) const { return columns_[n]; }
@@ -66,7 +67,7 @@ class Columns {
   std::vector<std::vector<int64_t>> sizes_, strides_;  // of columns that are not flat
   std::vector<std::vector<const int64_t*>> stride_tables_;
   const bool logical_;
-  int64_t num_out_ = 0, total_elements_ = 0;
+  int64_t num_out_ = 0, num_wide_ = 0, total_elements_ = 0;
   int32_t device_type_ = -1, device_index_ = -1;
 };
 

@@ -12,6 +12,8 @@ namespace mtlkernels::cpu {
   void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums); \
   void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                \
   void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);         \
+  void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,               \
+                      const Output& out);                                                                                  \
   void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);          \
   void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,   \
                         const Output& out);                                                                                \
@@ -26,8 +28,8 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-#define MTL_KERNELS(isa) \
-  {#isa, isa::gram, isa::combine, isa::perturb, isa::priority_inner, isa::priority_combine, isa::graddrop}
+#define MTL_KERNELS(isa)                                                                                                  \
+  {#isa, isa::gram, isa::combine, isa::perturb, isa::memory_combine, isa::priority_inner, isa::priority_combine, isa::graddrop}
 
 const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)

@@ -66,6 +66,14 @@ struct Kernels {
   /// The output may be one of the rows.
   void (*perturb)(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);
 
+  /// Over elements [begin, end) of a column of K gradients (null: counts as zero) and then K memories, float64 or float32 as
+  /// the column's dtype is float64 or not, which are written: memory_k <- keep_k memory_k + scale_k row_k and out = sum_k
+  /// weight_k memory_k, or if `squares` scale_k row_k^2 and out = sum_k weight_k row_k, computed in float64. `factors` [3][K]
+  /// are keep, scale and weight. What has a factor of exactly 0 is not read; a memory that does not move is not written. The
+  /// output may be one of the gradients.
+  void (*memory_combine)(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,
+                         const Output& out);
+
   /// Adds <row i, row j> over those elements of [begin, end) whose channel has top task i to inner[num_rows][num_rows].
   void (*priority_inner)(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);
 

@@ -5,6 +5,7 @@
 
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
+#include "../common/memory_plan.h"
 #include "../common/mix_plan.h"
 #include "../common/paired_plan.h"
 #include "../common/priority.h"
@@ -50,6 +51,13 @@ const char* perturb(DType dtype, const std::vector<PlannedTensor>& tensors, bool
 /// the device. Otherwise as combine.
 const char* graddrop(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, const double* leak,
                      const bool* active, const int64_t* seed, Stream stream);
+
+/// memory <- keep memory + scale g and out = sum_k weight_k memory_k for every tensor, with `squares` of g^2 and of g; the
+/// tensors share a dtype. A tensor's pointers are its `num_tasks` gradients (kMemoryTasks at most; null where absent), as many
+/// memories, float32 or beside float64 gradients float64, and its result; `factors` [3, num_tasks] on the device are keep,
+/// scale and weight. Otherwise as combine.
+const char* memory_combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_tasks, const double* factors,
+                           bool squares, Stream stream);
 
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as

@@ -11,7 +11,7 @@ from .. import ops
 from ..distributed import check_single_process
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
-from ..weightings import Weighting
+from ..weightings import CrossWeighting, MemoryWeighting, Weighting, as_weighting
 from .accumulated import Accumulated, MicroBatch
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
@@ -149,9 +149,10 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             raise ValueError(f"pair_weighting is given, which aggregation={aggregation!r} has no use for; leave it out.")
         if module is not None and not isinstance(module, torch.nn.Module):
             raise ValueError(f"module is a {type(module).__name__}; pass the model, a torch.nn.Module.")
+        loss_weighting = as_weighting(weighting)
         super().__init__(
             optimizer,
-            weighting,
+            loss_weighting,
             shared=shared,
             heads=heads,
             tasks=tasks,
@@ -163,7 +164,13 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             mesh=mesh,
         )
         check_single_process(self.params, process_group, mesh)
-        self.weightings = FlatWeightings(aggregation, self.weighting, flat_weighting, pair_weighting).to(self.device)
+        self.weightings = FlatWeightings(aggregation, loss_weighting, flat_weighting, pair_weighting).to(self.device)
+        for part in self.weightings.modules():
+            if isinstance(part, (CrossWeighting, MemoryWeighting)):
+                raise ValueError(
+                    f"{type(part).__name__} takes a second batch or a memory of gradients, which flat parts lack; pass a "
+                    "weighting of a Gram."
+                )
         self.aggregation, self.perturbation, self.adaptive, self.joint = aggregation, perturbation, adaptive, joint
         self.rho, self.head_rho, self.beta, self.probe, self.module = rho, head_rho, beta, probe, module
 
@@ -247,7 +254,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         return closure  # called by _backward, several times
 
     def _backward(  # type: ignore[override]
-        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot
+        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot, other: None = None
     ) -> FlatInfo:
         batch = self._micro_batch(losses_fn, scaler, accumulate)
         with torch.no_grad():
@@ -275,7 +282,12 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         return info
 
     def _micro_batch(  # type: ignore[override]
-        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, last: bool = False
+        self,
+        losses_fn: LossesFn,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: bool,
+        other: None = None,
+        last: bool = False,
     ) -> MicroBatch:
         """The rows are K at the parameters, unless ``"direct"``, and K at perturbed ones; the losses 2K likewise."""
         check_function(losses_fn)

@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args, overload
+from functools import partial
+from typing import Any, Literal, cast, get_args, overload
 
 import torch
 from torch import Tensor
@@ -26,19 +27,22 @@ from ..gradients import (
 )
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
-from ..weightings import Weighting, as_weighting
-from ..weightings.seeded import SeededWeighting
+from ..weightings import Elementwise, MemoryWeighting, Weighting, as_method
+from ..weightings.cross.base import takes_cross
 from .accumulated import Accumulated, MicroBatch
 from .compare import step_entries
+from .decide import Batch, Decisions, check_options
 from .held import HeldWeights
-from .info import StepInfo, UpdateNorm
+from .info import StepInfo
 from .losses import Losses, loaded_names, order_losses, task_names
-from .one_pass import backward_of_losses, check_loss_only, observe
+from .one_pass import backward_of_losses, observe
 from .roles import Roles, Task
 from .scaler import check_not_float16, enabled_scaler, update_scale
+from .second import check_second, second_losses
 from .skip import SkipFlag, first_written
+from .tracked import Tracked
 from .undo import Snapshot, load_buffers
-from .wrapper import WrappedOptimizer, eager, with_step_hooks
+from .wrapper import eager, with_step_hooks
 
 Nonfinite = Literal["skip", "drop_task", "raise"]
 
@@ -46,7 +50,7 @@ STATE_KEY = "multitask"
 """Entry of the state dict that holds the task names and the weighting's state; optimizers of torch ignore it."""
 
 
-class MultiTaskOptimizer(WrappedOptimizer):
+class MultiTaskOptimizer(Decisions):
     """A torch optimizer that steps along a weighted combination of task gradients.
 
     Shared parameters get sum_k w_k g_k with weights from the Gram matrix of the task gradients; head parameters get their
@@ -95,7 +99,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        weighting: str | Weighting = "mean",
+        weighting: str | Weighting | Elementwise = "mean",
         *,
         shared: Iterable[Tensor] | None = None,
         heads: Mapping[Any, Iterable[Tensor]] | None = None,
@@ -110,7 +114,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         check_ranks: bool = False,
     ) -> None:
         super().__init__(optimizer)
-        weighting = as_weighting(weighting)
+        weighting = as_method(weighting)
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
             ("gradients", gradients, (*SOURCES, None)),
@@ -128,12 +132,15 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
-        self._one_pass = self._takes_loss_only and weighting.loss_only
-        if self._one_pass:
-            check_loss_only(weighting, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
+        self._one_pass = self._takes_loss_only and isinstance(weighting, Weighting) and weighting.loss_only
+        check_options(weighting, self._one_pass, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
         params = self.params
         self.ranks = ranks_of(params, process_group, mesh, self.name_of)
         self.ranks.check_gradients(gradients)
+        if self.ranks.size > 1 and isinstance(weighting, (Elementwise, MemoryWeighting)):
+            raise ValueError(
+                f"{type(weighting).__name__} takes whole gradients, of which a rank has a part; train in one process."
+            )
         if self.ranks.size > 1 and per == "channel":
             raise ValueError('per="channel" needs whole channels, which a rank does not have; pass per="tensor" or "model".')
         self._roles = Roles(params, shared, heads, groups)
@@ -158,7 +165,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
     # --- the update ------------------------------------------------------------------------------------------------------
 
     @eager
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> StepInfo:
+    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None, *, other: Losses | None = None) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
         Follow with ``step()``, or ``scaler.step(optimizer)`` and ``scaler.update()``. An update that is not finite leaves NaN
@@ -169,6 +176,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 absent: no weight, and its state in the weighting stays.
             scaler: scales the losses; ``.grad`` stays scaled until ``scaler.unscale_``, weights and clipping are those of
                 the unscaled gradients.
+            other: the losses of a second, independent batch at the same parameters, for weightings that take a cross Gram
+                (``"modo"``, ``"sdmgrad"``), and for these only; the same tasks are there. The update, the heads' as well, is
+                the mean of both batches'; the info's losses and Gram are the first's.
 
         Raises:
             ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
@@ -176,7 +186,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
         """
         with self._undone_on_error() as before:
-            return self._backward(losses, scaler, accumulate=True, kept=before)
+            return self._backward(losses, scaler, accumulate=True, kept=before, other=other)
 
     @eager
     def accumulate(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -198,6 +208,10 @@ class MultiTaskOptimizer(WrappedOptimizer):
         Raises:
             As :meth:`backward`. Whatever is raised, the sums are as before, too.
         """
+        if takes_cross(self.weighting):
+            raise ValueError(
+                f"accumulate takes one batch, and {type(self.weighting).__name__} two; call backward for every micro-batch."
+            )
         if self._one_pass:
             raise ValueError(
                 f"accumulate adds up the gradients of tasks, and {type(self.weighting).__name__} weighs losses; call backward "
@@ -221,11 +235,17 @@ class MultiTaskOptimizer(WrappedOptimizer):
         *,
         closure: None = None,
         scaler: torch.amp.GradScaler | None = None,
+        other: Losses | None = None,
     ) -> StepInfo: ...
 
     @overload
     def step(
-        self, losses: None = None, *, closure: Callable[[], Losses], scaler: torch.amp.GradScaler | None = None
+        self,
+        losses: None = None,
+        *,
+        closure: Callable[[], Losses],
+        scaler: torch.amp.GradScaler | None = None,
+        other: Losses | None = None,
     ) -> StepInfo: ...
 
     @with_step_hooks
@@ -235,6 +255,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         *,
         closure: Callable[[], Losses] | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        other: Losses | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -246,6 +267,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             scaler: scales the losses, and is updated after the step; leave out ``scaler.step`` and ``scaler.update``. The
                 update is unscaled as it is combined, and the Gram's diagonal tells an overflow, so that nothing reads the
                 gradients for the scaler. ``.grad`` is left unscaled.
+            other: as in :meth:`backward`.
 
         Returns:
             The update's info; None without losses.
@@ -253,7 +275,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
         Raises:
             As :meth:`backward`, and a ``ValueError`` for both losses and a closure, or for no losses after
             :meth:`accumulate`, whose sums no update has used. An exception of the inner optimizer's step puts
-            ``.grad`` and the weighting's state back; what that step had changed by then stays changed.
+            ``.grad`` and the weighting's state back (but not that of one with a memory of gradients, which has moved); what
+            that step had changed by then stays changed.
         """
         if closure is not None:
             if losses is not None:
@@ -262,6 +285,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if losses is None:
             if scaler is not None:
                 raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
+            if other is not None:
+                raise ValueError("other is given without losses; pass the losses of both batches.")
             if self._accumulated.batches:
                 raise ValueError(
                     f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
@@ -279,12 +304,12 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if scaler is not None:
             check_not_float16(self.params)
         with self._undone_on_error() as before:
-            info = self._backward(losses, scaler, accumulate=False, kept=before)
+            info = self._backward(losses, scaler, accumulate=False, kept=before, other=other)
             info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
                 update_scale(scaler, info.skipped)
         self._forget()
-        if closure is not None and self.weighting.observes:
+        if closure is not None and self._one_pass and self.weighting.observes:
             observe(self, closure, info.tasks)
         return info
 
@@ -309,11 +334,19 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self.optimizer.add_param_group(param_group)
         self._roles = roles.refreshed(self.params, shared)
 
-    def _backward(self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot) -> StepInfo:
+    def _backward(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: bool,
+        kept: Snapshot,
+        other: Losses | None = None,
+    ) -> StepInfo:
+        check_second(self.weighting, other)
         if self._one_pass:
             return backward_of_losses(self, *self._begin(losses, scaler, accumulate), accumulate, kept)
         computes, ranks = self._held.left <= 0, self.ranks
-        batch = self._micro_batch(losses, scaler, accumulate, last=True)
+        batch = self._micro_batch(losses, scaler, accumulate, other, last=True)
         with torch.no_grad():
             tasks, ordered, rows, params, scale = self._accumulated.added_to(batch)
             if self._accumulated.batches and ranks.communicates:
@@ -321,26 +354,38 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 ranks.wait()
             roles = self._roles
             shared, own = roles.shared, roles.own(tasks)[0]
-            shared_rows, own_rows = rows[: -len(tasks)], rows[-len(tasks) :]
+            count = len(tasks) if other is None else 2 * len(tasks)
+            shared_rows, own_rows = rows[:-count], rows[-count:]
             complete = all(loss is not None for loss in ordered)
             if complete:
                 self._check_reached(shared_rows, shared)
+            factor = None if accumulate else scale  # .grad is left unscaled
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1 or factor is not None
             problems = Problems(self.per or roles.group_of_shared(), shared)
-            gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
+            kind = self.weighting
+            tracked = Tracked(kind, shared_rows, scale) if isinstance(kind, MemoryWeighting) else None
+            gram, own_gram = self._squares(problems, shared_rows, own_rows, own, scale, tracked, tasks)
             values, present = self._loss_values(ordered)
             gram, own_gram, values, seed = ranks.decisive(gram, own_gram, values, self._seed(computes))
-            solve = self._solve if computes else self._keep
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1
-            info, applied, own_weights = solve(_Batch(tasks, values, present, complete, seed), gram, own_gram, kept)
-            if self._compares:
-                ranks.require_equal({"weights": (None, tuple(info.weights.flatten().tolist()))})
-            if scale is not None and not accumulate:
-                applied, own_weights, weighted = applied / scale, own_weights / scale, True
-            buffers = ranks.buffers(shared_rows, shared)
-            problems.combine(shared_rows, ranks.scaled(applied), buffers)
+            facts = Batch(tasks, values, present, complete, seed, tracked)
+            if isinstance(kind, Elementwise):
+                info, buffers, own_weights = self._by_element(facts, shared_rows, gram, own_gram, scale, factor, kept)
+            else:
+                solve = self._solve if computes else self._keep
+                info, applied, own_weights = solve(facts, gram, own_gram, kept)
+                if self._compares:
+                    ranks.require_equal({"weights": (None, str(info.weights.tolist()))})
+                applied = applied if factor is None else applied / factor
+                buffers = ranks.buffers(shared_rows, shared)
+                if tracked is None:
+                    problems.combine(shared_rows, ranks.scaled(applied), buffers)
+            own_weights = own_weights if factor is None else own_weights / factor
             shows_nan = first_written(shared, buffers)
             own_buffers = ranks.buffers(own_rows, own)
             own_buffers = combine_own(own_rows, own_buffers, ranks.scaled(own_weights), weighted or shows_nan is None)
+            if tracked is not None:
+                tracked.combine(applied, ~info.skipped, buffers)
+                kept.forget_buffers()  # which belong to the memories as they are now
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
             every = [*shared, *own]
             self._fill(every, ranks.gather([*buffers, *own_buffers], every), accumulate)
@@ -349,9 +394,14 @@ class MultiTaskOptimizer(WrappedOptimizer):
         return info
 
     def _micro_batch(
-        self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool, last: bool = False
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: bool,
+        other: Losses | None = None,
+        last: bool = False,
     ) -> MicroBatch:
-        """The gradients of a batch; ``accumulate``: they are to be added to ``.grad``.
+        """The gradients of a batch, and of the ``other`` after them; ``accumulate``: they are to be added to ``.grad``.
 
         Those of a batch in one piece are this rank's part of them, on their way while the next task's are computed.
         """
@@ -360,7 +410,15 @@ class MultiTaskOptimizer(WrappedOptimizer):
         own, own_of_task = self._roles.own(tasks)
         whole = self.ranks.communicates and (not last or self._accumulated.batches > 0)
         received: Received = (lambda row, _: row) if whole else self._scatter_row
-        shared_rows, own_rows = self._rows(scaled, tasks, shared, own, own_of_task, self._held.left <= 0, received)
+        rows = partial(self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received)
+        shared_rows, own_rows = rows(scaled)
+        if other is not None:
+            second = second_losses(other, tasks, ordered)
+            check_graph(second, self.gradients, any(p.requires_grad for p in self._roles.found))
+            if scale is not None:
+                second = [None if loss is None else loss * scale.to(loss.device) for loss in second]
+            more_shared, more_own = rows(second)
+            shared_rows, own_rows = [*shared_rows, *more_shared], [*own_rows, *more_own]
         params = [shared for _ in shared_rows] + [own for _ in own_rows]
         return MicroBatch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
 
@@ -432,7 +490,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
         shared: list[Tensor],
         own: list[Tensor],
         own_of_task: list[list[int]],
-        computes: bool,
         received: Received,
     ) -> tuple[Rows, Rows]:
         """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
@@ -442,7 +499,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         live = [n for n, p in enumerate(shared) if p.requires_grad]
         own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
         bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
-        if computes:
+        if self._held.left <= 0:
             rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, received)
             shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
@@ -464,13 +521,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
                 self.ranks.compare_row(row, params)
             return self.ranks.scatter(row, params)
 
-    def _seed(self, computes: bool) -> Tensor | None:
-        """The seed of a random weighting where it must be the same on other ranks, too."""
-        weighting = self.weighting
-        if not computes or self.ranks.size == 1 or not isinstance(weighting, SeededWeighting):
-            return None
-        return weighting.draw_seed(self.device) if getattr(weighting, "order", None) is None else None
-
     def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
         for param, column in zip(shared, zip(*rows, strict=True), strict=True):
             if column[0] is None and param.requires_grad and all(row is None for row in column):
@@ -478,100 +528,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
                     f"no loss reaches the shared {self.name_of(param)}; leave it out of shared, freeze it with "
                     'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
                 )
-
-    def _squares(
-        self,
-        tasks: tuple[Task, ...],
-        problems: Problems,
-        shared_rows: Rows,
-        own_rows: Rows,
-        own: list[Tensor],
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Grams of the shared and of the other parameters' rows, unscaled, on the first parameter's device."""
-        gram = self._gram(problems, shared_rows, self._roles.shared, tasks)
-        own_gram = self._gram(Problems("model", own), own_rows, own, tasks) if own else None
-        if scale is not None:
-            square = scale.double().square()
-            gram = gram / square
-            own_gram = None if own_gram is None else own_gram / square
-        return gram, own_gram
-
-    def _solve(self, batch: "_Batch", gram: Tensor, own_gram: Tensor | None, kept: Snapshot) -> tuple[StepInfo, Tensor, Tensor]:
-        """Weights of the tasks, on the device: the info, the weights to apply ([K] or [M, K]) and those of the heads ([K])."""
-        finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
-        finite = finite if finite.dim() == 1 else finite.all(0)
-        if own_gram is not None:
-            finite = finite & (own_gram.diagonal() < torch.inf)
-        pair = finite.unsqueeze(-1) & finite
-        clean = torch.where(pair, gram, 0.0)
-        own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
-        drops = self.on_nonfinite == "drop_task"
-        active = batch.present & finite if drops else batch.present
-        if drops or not batch.complete:
-            losses = torch.where(active, batch.losses, 0.0)
-            weights = self.weighting(clean, active=active, losses=losses, seed=batch.seed)
-        else:
-            weights = self.weighting(clean, losses=batch.losses, seed=batch.seed)
-        own_weights = active.double()
-        update = UpdateNorm(clean, weights, own_clean, own_weights)
-        info = StepInfo(batch.tasks, batch.losses, gram, weights, active, update)
-        usable = weights.isfinite().all() & (active.any() if drops else finite.all())
-        applied = self._checked(info, update, (weights, own_weights), finite, usable)
-        if self.on_nonfinite != "raise":
-            kept.restore_buffers_unless(usable)
-        if self.update_every > 1:
-            self._held = self._held.updated(weights, active & usable, self.update_every)
-        return info, *applied
-
-    def _keep(
-        self, batch: "_Batch", square: Tensor, own_gram: Tensor | None, kept: Snapshot
-    ) -> tuple[StepInfo, Tensor, Tensor]:
-        """As :meth:`_solve`, between updates of the weights: of the weighted gradient, whose ``square`` is [1, 1]."""
-        present = batch.present
-        weights = torch.where(present, self._held.of_tasks(batch.losses), 0.0)
-        finite = torch.ones_like(present) if own_gram is None else own_gram.diagonal() < torch.inf
-        usable = finite.all() & (square[0, 0] < torch.inf)
-        ones, own_weights = torch.ones_like(square[0]), present.double()
-        update = UpdateNorm(square, ones, own_gram, own_weights)
-        info = StepInfo(batch.tasks, batch.losses, None, weights, present, update)
-        applied = self._checked(info, update, (ones, own_weights), finite, usable)
-        self._held = self._held.used()
-        return info, *applied
-
-    def _checked(
-        self, info: StepInfo, update: UpdateNorm, weights: tuple[Tensor, Tensor], finite: Tensor, usable: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The weights of the shared and of the other parameters, clipped; NaN, or an error, where they are not ``usable``."""
-        if self.on_nonfinite == "raise":
-            info.host_reads = 1
-            self._raise_nonfinite(info, torch.cat([finite, usable.unsqueeze(0)]).tolist())
-        applied, own = weights
-        if self.max_norm is not None:
-            factor = (self.max_norm / (update.norm() + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-            applied, own = applied * factor, own * factor
-        if self.on_nonfinite != "raise":
-            info.skipped = ~usable
-            # A skipped update shows in .grad, where a GradScaler and SkipFlag look.
-            applied, own = (torch.where(usable, w, torch.nan) for w in (applied, own))
-        return applied, own
-
-    def _gram(self, problems: Problems, rows: Rows, params: list[Tensor], tasks: Sequence[Task]) -> Tensor:
-        try:
-            return self.ranks.gram(problems, rows, params).to(self.device)
-        except Exception:
-            check_dense(tasks, rows, params, self.name_of)
-            raise
-
-    def _raise_nonfinite(self, info: StepInfo, verdict: list[bool]) -> None:
-        """``verdict``: whether each task's gradients are finite, and whether the update is."""
-        named = ", ".join(repr(task) for task, finite in zip(info.tasks, verdict, strict=False) if not finite)
-        if named:
-            raise RuntimeError(f"gradients of task {named} are not finite; nothing was changed.")
-        if not verdict[-1] and info.gram is None:
-            raise RuntimeError("the gradient of the weighted losses is not finite; nothing was changed.")
-        if not verdict[-1]:
-            raise RuntimeError(f"{type(self.weighting).__name__} returned weights that are not finite; nothing was changed.")
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 
@@ -616,17 +572,6 @@ class MultiTaskOptimizer(WrappedOptimizer):
         if names is not None:
             self._check_heads(names)
         self.tasks = names
-
-
-class _Batch(NamedTuple):
-    """What a step knows of its losses: the K names, their values [K], which are present, bool [K], and whether all are."""
-
-    tasks: tuple[Task, ...]
-    losses: Tensor
-    present: Tensor
-    complete: bool
-    seed: Tensor | None
-    """Of a random weighting; None: it draws its own."""
 
 
 def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:

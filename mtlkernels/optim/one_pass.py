@@ -1,7 +1,7 @@
 """The update of loss-only weightings: one backward pass of the weighted losses."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def backward_of_losses(
         accumulate: whether ``.grad`` is added to, instead of replaced.
         kept: the weighting's buffers as they go back where the update is not finite.
     """
-    ranks, weighting = optimizer.ranks, optimizer.weighting
+    ranks, weighting = optimizer.ranks, cast(Weighting, optimizer.weighting)
     params, layer = [p for p in optimizer.params if p.requires_grad], list(weighting.layer)
     source, received = optimizer.gradients, optimizer._scatter_row
     layer_rows = task_gradients(scaled, [layer] * len(tasks), source, received, retain=True) if layer else []
@@ -89,4 +89,4 @@ def observe(optimizer: "MultiTaskOptimizer", closure: Callable[[], Losses], task
     """Shows the weighting the losses after the step, their mean over the ranks."""
     with torch.no_grad():
         values, _ = optimizer._loss_values(by_task(closure(), tasks)[1])
-        optimizer.weighting.observe(optimizer.ranks.sum(values)[0] / optimizer.ranks.size)
+        cast(Weighting, optimizer.weighting).observe(optimizer.ranks.sum(values)[0] / optimizer.ranks.size)

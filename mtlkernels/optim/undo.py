@@ -36,6 +36,10 @@ class Snapshot:
             module._buffers.clear()
             module._buffers.update(buffers)
 
+    def forget_buffers(self) -> None:
+        """From now on nothing puts the buffers back."""
+        self._buffers = []
+
     @torch.no_grad()
     def restore_buffers_unless(self, keep: Tensor) -> None:
         """Puts the buffers back where the bool scalar ``keep`` is false, without reading it on the host.

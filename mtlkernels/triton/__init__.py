@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, graddrop, gram, perturb, priority
+from . import combine, graddrop, gram, memory, perturb, priority
 
 OPS = {
     "gram": gram.gram,
@@ -20,6 +20,7 @@ OPS = {
     "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
     "perturb_": perturb.perturb_,
+    "memory_combine_": memory.memory_combine_,
     "priority_combine": priority.priority_combine,
     "priority_combine_": priority.priority_combine_,
     "graddrop": graddrop.graddrop,

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, graddrop, gram, perturb, priority
+from . import combine, graddrop, gram, memory, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -49,6 +49,8 @@ class Target(NamedTuple):
             return perturb.meta(self.dtype, chip)
         if self.kernel is graddrop.graddrop_chunks:
             return graddrop.meta(self.num_rows, self.dtype, chip)
+        if self.kernel is memory.memory_chunks:
+            return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
@@ -69,6 +71,7 @@ def targets() -> Iterator[Target]:
         for num_rows in graddrop.CLASSES:
             yield Target(graddrop.graddrop_chunks, num_rows, dtype, "graddrop")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
+        yield Target(memory.memory_chunks, 4, dtype, "memory")
     for num_rows in priority.CLASSES:
         yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
@@ -94,6 +97,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is graddrop.graddrop_chunks:
         pointers = {"table": "*i64", "leak": "*fp64", "active": "*u8", "seeds": "*i64"}
         numbers = ["num_tensors", "num_rows", "all_active"]
+    elif target.kernel is memory.memory_chunks:
+        pointers = {"table": "*i64", "factors": "*fp64"}
+        numbers = ["num_tensors", "num_tasks", "squares"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]

@@ -10,6 +10,7 @@ from .config import ConFIG
 from .conicgrad import ConicGrad
 from .constant import Constant
 from .cr_mogm import CRMOGM
+from .cross import CROSS, CrossWeighting, MoDo, SDMGrad
 from .dualproj import DualProj
 from .elementwise import Elementwise
 from .fairgrad import FairGrad
@@ -35,6 +36,7 @@ from .loss_only import (
     UncertaintyWeighting,
 )
 from .mean import Mean
+from .memory import DBMTL, MEMORY, ExcessMTL, MemoryWeighting, MoCo
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
@@ -69,7 +71,8 @@ REGISTRY: dict[str, type[Weighting]] = {
     "sum": Sum,
     "upgrad": UPGrad,
 }
-"""Registry string -> class that needs a Gram; ``LOSS_ONLY`` has those that need none."""
+"""Registry string -> class that needs a Gram alone; ``LOSS_ONLY`` has those that need losses alone, ``MEMORY`` those that keep
+a memory of gradients, ``CROSS`` those that take two batches."""
 
 
 ELEMENTWISE: dict[str, type[Elementwise]] = {"graddrop": GradDrop}
@@ -80,13 +83,13 @@ def get_weighting(name: str, **options: Any) -> Weighting | Elementwise:
     """A method by its registry string, for example ``get_weighting("cagrad", c=0.4)``.
 
     Args:
-        name: one of ``REGISTRY``, ``LOSS_ONLY`` or ``ELEMENTWISE``.
+        name: one of ``REGISTRY``, ``LOSS_ONLY``, ``MEMORY``, ``CROSS`` or ``ELEMENTWISE``.
         **options: the class's arguments.
 
     Raises:
         ValueError: an unknown name, the message lists the known ones; or options the method does not take.
     """
-    known: dict[str, Any] = {**REGISTRY, **LOSS_ONLY, **ELEMENTWISE}
+    known: dict[str, Any] = {**REGISTRY, **LOSS_ONLY, **MEMORY, **CROSS, **ELEMENTWISE}
     if name not in known:
         raise ValueError(f"weighting {name!r} is unknown; known are {', '.join(sorted(known))}, or pass a Weighting.")
     try:
@@ -127,6 +130,7 @@ __all__ = [
     "BMTL",
     "COSMOS",
     "CRMOGM",
+    "DBMTL",
     "DWA",
     "EMTL",
     "FAMO",
@@ -146,6 +150,27 @@ __all__ = [
     "ConFIG",
     "ConicGrad",
     "Constant",
+    "CrossWeighting",
     "DualProj",
     "Elementwise",
+    "ExcessMTL",
     "FairGrad",
+    "GO4Align",
+    "GradDrop",
+    "GradNorm",
+    "GradVac",
+    "Krum",
+    "LossWeighting",
+    "Mean",
+    "MemoryWeighting",
+    "MoCo",
+    "MoDo",
+    "NGDiff",
+    "NashMTL",
+    "PCGrad",
+    "SDMGrad",
+    "Sum",
+    "UPGrad",
+    "UncertaintyWeighting",
+    "Weighting",
+]

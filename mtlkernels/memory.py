@@ -1,0 +1,157 @@
+"""Ops of methods that keep a memory of each task's gradients: the update and the new memories in one sweep, and excess risks.
+
+Such a method reads the Gram of the 2K rows [g; y] first, which has the Gram of any y' = keep y + scale g in it, so that nothing
+is written before the K x K stage has decided what to write.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from . import reference
+from ._library import define
+from .checks import check_buffers, check_gradients
+from .ops import Flat, _call, _nest
+
+# --- memory_combine_ ----------------------------------------------------------------------------------------------------
+
+
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What memories of gradients of a dtype are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_memory(out: Sequence[Tensor], memory: Sequence[Tensor], flat: Flat, factors: Tensor) -> None:
+    if factors.dim() != 2 or factors.shape[0] != 3 or factors.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"factors is {factors.dtype} of shape {tuple(factors.shape)}; pass float64 [3, K].")
+    num_tasks = factors.shape[1]
+    if len(flat) != num_tasks * len(out) or len(memory) != len(flat):
+        raise ValueError(
+            f"grads lists {len(flat)} tensors, memory {len(memory)}; {num_tasks} tasks of {len(out)} tensors take "
+            f"{num_tasks * len(out)} of each."
+        )
+    rows: list[list[Tensor | None]] = [*_nest(flat, num_tasks), [*out]]
+    check_gradients(rows, names=[*(f"grads[{k}]" for k in range(num_tasks)), "out"])
+    for k, row in enumerate(_nest(memory, num_tasks)):
+        for n, (own, like) in enumerate(zip(row, out, strict=True)):
+            own = cast(Tensor, own)
+            kind = (like.shape, memory_dtype(like.dtype), like.device)
+            if (own.shape, own.dtype, own.device) != kind:
+                raise ValueError(
+                    f"memory[{k}][{n}] is {tuple(own.shape)} {own.dtype} on {own.device}; gradients of {like.dtype} take "
+                    f"{tuple(like.shape)} {kind[1]} on {like.device}."
+                )
+    if any(t is not None for t in (*flat, *out)) and factors.device != reference.device_of(rows):
+        raise ValueError(f"factors is on {factors.device}, the gradients are on {reference.device_of(rows)}.")
+
+
+def _memory_combine_fake(out: Sequence[Tensor], memory: Sequence[Tensor], flat: Flat, factors: Tensor, squares: bool) -> None:
+    _check_memory(out, memory, flat, factors)
+
+
+def _memory_combine_reference(
+    out: Sequence[Tensor], memory: Sequence[Tensor], flat: Flat, factors: Tensor, squares: bool
+) -> None:
+    """Moves memories y_k and combines them: y_k <- keep_k y_k + scale_k g_k, out[n] = sum_k weight_k y_k[n]. In float64.
+
+    With ``squares`` y_k <- keep_k y_k + scale_k g_k^2 and out[n] = sum_k weight_k g_k[n]. A factor of exactly 0 leaves out what
+    it would multiply.
+
+    Args:
+        out: N buffers; a buffer may be one of its own tensor's gradients.
+        memory: K times N tensors end to end, float64 beside float64 gradients, else float32. Written.
+        flat: K times N gradients. None counts as zero.
+        factors: [3, K]: keep, scale and weight.
+        squares: whether the memories are of squares.
+    """
+    _check_memory(out, memory, flat, factors)
+    num_tasks = factors.shape[1]
+    rows = _nest(flat, num_tasks)
+    check_buffers(out, [[*column, buffer] for *column, buffer in zip(*rows, out, strict=True)])
+    results = []
+    for n, buffer in enumerate(out):
+        total = torch.zeros_like(buffer, dtype=torch.float64)
+        for k, (keep, scale, weight) in enumerate(factors.double().unbind(1)):
+            row, kept = rows[k][n], memory[k * len(out) + n]
+            g = torch.zeros_like(total) if row is None else row.double()
+            moved = _times(keep, kept.double()) + _times(scale, g * g if squares else g)
+            total = total + _times(weight, g if squares else moved)
+            kept.copy_(moved)
+        results.append(total)
+    for buffer, value in zip(out, results, strict=True):
+        buffer.copy_(value)
+
+
+def _times(factor: Tensor, value: Tensor) -> Tensor:
+    return torch.where(factor == 0, 0.0, factor * value)
+
+
+define(
+    "memory_combine_(Tensor(a!)[] out, Tensor(b!)[] memory, Tensor?[] grads, Tensor factors, bool squares) -> ()",
+    fake=_memory_combine_fake,
+    reference=_memory_combine_reference,
+)
+
+
+def memory_combine_(
+    out: Sequence[Tensor],
+    memory: Sequence[Sequence[Tensor]],
+    grads: Sequence[Sequence[Tensor | None]],
+    factors: Tensor,
+    squares: bool = False,
+) -> None:
+    """The op ``memory_combine_`` on K lists of N tensors, as its reference says. One read of both, one write of each result."""
+    flat, kept = [t for row in grads for t in row], [t for row in memory for t in row]
+    op = torch.ops.mtlkernels.memory_combine_.default
+    _call(op, "memory_combine_", lambda: _check_memory(out, kept, flat, factors), list(out), kept, flat, factors, squares)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(list(out))
+
+
+# --- excess_risk --------------------------------------------------------------------------------------------------------
+
+
+def _excess_risk_fake(flat: Flat, memory: Sequence[Tensor], factor: Tensor, epsilon: float) -> Tensor:
+    return factor.new_empty(factor.shape)
+
+
+def _excess_risk_reference(flat: Flat, memory: Sequence[Tensor], factor: Tensor, epsilon: float) -> Tensor:
+    """sum_e h^2 / sqrt(S + h^2 + epsilon) of each task, h = factor_k g_k; S are sums of earlier squares, as they stay.
+
+    Args:
+        flat: K times N gradients end to end. None counts as zero.
+        memory: K times N tensors S.
+        factor: float64 [K].
+        epsilon: within the root.
+
+    Returns:
+        float64 [K].
+    """
+    num_tasks = factor.shape[0]
+    totals = []
+    for row, kept, own in zip(_nest(flat, num_tasks), _nest(memory, num_tasks), factor.unbind(0), strict=True):
+        total = torch.zeros((), dtype=torch.float64, device=factor.device)
+        for grad, sums in zip(row, kept, strict=True):
+            if grad is not None:
+                square = (own * grad.double()).square()
+                total = total + (square / (cast(Tensor, sums).double() + square + epsilon).sqrt()).sum()
+        totals.append(total)
+    return torch.stack(totals) if totals else factor.new_zeros(0)
+
+
+define(
+    "excess_risk(Tensor?[] grads, Tensor[] memory, Tensor factor, float epsilon) -> Tensor",
+    fake=_excess_risk_fake,
+    reference=_excess_risk_reference,
+)
+
+
+def excess_risk(
+    memory: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor | None]], factor: Tensor, epsilon: float
+) -> Tensor:
+    """The op ``excess_risk`` on K lists of N tensors, as its reference says."""
+    flat, kept = [t for row in grads for t in row], [t for row in memory for t in row]
+    op = torch.ops.mtlkernels.excess_risk.default
+    return cast(Tensor, _call(op, "excess_risk", lambda: check_gradients(grads), flat, kept, factor, epsilon))
