@@ -2,8 +2,8 @@
 // `squares` y_k <- keep_k y_k + scale_k g_k^2 and out = sum_k weight_k g_k. Each row is read from memory once, each memory and
 // the result are written once.
 //
-// Computed in float64, in the order of k; what is stored is rounded to its dtype. The memory is slower than the arithmetic, so
-// that rows pass one by one over sums that stay in the first-level cache.
+// Computed in float64; what is stored is rounded to its dtype. Sums stay in the first-level cache. Tasks that read, move and
+// weigh all they have come last, up to four in a sweep.
 
 #include <type_traits>
 
@@ -59,6 +59,47 @@ void sweep(const T* grad, Wide<T>* memory, Task task, bool squares, int64_t coun
                  : sweep<T, false>(grad, before, after, task, count, sums);
 }
 
+/// R tasks over one block that read, move and weigh all they have: in one sweep, so that every row is a long stream.
+template <typename T, bool squares, int R>
+void sweep_whole(const T* const* grads, Wide<T>* const* memories, const Task* tasks, int64_t count, double* sums) {
+  constexpr int lanes = kLanes<double>;
+  const T* grad[R];
+  Wide<T>* memory[R];
+  DoubleVector keep[R], scale[R], weight[R];
+  for (int r = 0; r < R; ++r) {
+    grad[r] = grads[r];
+    memory[r] = memories[r];
+    keep[r] = DoubleVector{} + tasks[r].keep;
+    scale[r] = DoubleVector{} + tasks[r].scale;
+    weight[r] = DoubleVector{} + tasks[r].weight;
+  }
+  int64_t e = 0;
+  for (; e + lanes <= count; e += lanes) {
+    DoubleVector sum = load<DoubleVector>(sums + e);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const DoubleVector g = load_as_double(grad[r] + e);
+      const DoubleVector y = keep[r] * load_as_double(memory[r] + e) + scale[r] * (squares ? g * g : g);
+      store_cached(memory[r] + e, y);
+      sum += weight[r] * (squares ? g : y);
+    }
+    store(sums + e, sum);
+  }
+  for (int r = 0; r < R; ++r) sweep<T, squares>(grad[r] + e, memory[r] + e, memory[r] + e, tasks[r], count - e, sums + e);
+}
+
+/// The same for `used` tasks.
+template <typename T, bool squares>
+void sweep_whole(const T* const* grads, Wide<T>* const* memories, const Task* tasks, int used, int64_t count, double* sums) {
+  int r = 0;
+  for (; r + 4 <= used; r += 4) sweep_whole<T, squares, 4>(grads + r, memories + r, tasks + r, count, sums);
+  if (r + 2 <= used) {
+    sweep_whole<T, squares, 2>(grads + r, memories + r, tasks + r, count, sums);
+    r += 2;
+  }
+  if (r < used) sweep_whole<T, squares, 1>(grads + r, memories + r, tasks + r, count, sums);
+}
+
 /// The block's sums, rounded.
 template <typename T>
 void write(const double* sums, int64_t count, bool stream, T* to) {
@@ -79,16 +120,30 @@ void write(const double* sums, int64_t count, bool stream, T* to) {
 template <typename T>
 void combine_flat(const Column& column, const Task* tasks, bool squares, int64_t begin, int64_t end, const Output& out) {
   const int num_tasks = column.num_rows / 2;
-  Scratch scratch(kBlock * sizeof(double));
+  Scratch scratch(kBlock * sizeof(double) + size_t(num_tasks) * sizeof(Task));
   double* sums = scratch.as<double>();
+  Task* whole = reinterpret_cast<Task*>(sums + kBlock);
+  Scratch pointers(size_t(num_tasks) * 16);
+  const T** grads = pointers.as<const T*>();
+  Wide<T>** memories = pointers.as<Wide<T>*>(num_tasks);
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
     std::memset(sums, 0, size_t(count) * sizeof(double));
+    int used = 0;
     for (int k = 0; k < num_tasks; ++k) {
+      const Task task = tasks[k];
       const T* grad = static_cast<const T*>(column.rows[k]);
       Wide<T>* memory = static_cast<Wide<T>*>(const_cast<void*>(column.rows[num_tasks + k])) + at;
-      sweep(grad && tasks[k].reads_grad(squares) ? grad + at : nullptr, memory, tasks[k], squares, count, sums);
+      if (grad && task.keep != 0 && task.scale != 0 && task.weight != 0) {
+        grads[used] = grad + at;
+        memories[used] = memory;
+        whole[used++] = task;
+      } else {
+        sweep(grad && task.reads_grad(squares) ? grad + at : nullptr, memory, task, squares, count, sums);
+      }
     }
+    squares ? sweep_whole<T, true>(grads, memories, whole, used, count, sums)
+            : sweep_whole<T, false>(grads, memories, whole, used, count, sums);
     T* to = static_cast<T*>(out.rows[0]) + at;
     write(sums, count, out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0, to);
   }

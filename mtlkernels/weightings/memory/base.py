@@ -55,8 +55,6 @@ class MemoryWeighting(StatefulWeighting):
     squares: bool = False
     """Whether memories are of squares, y_k <- keep_k y_k + scale_k g_k^2, and the update of the gradients, sum_k w_k g_k."""
     reads_losses: bool = False
-    weighs_absent: bool = False
-    """Whether the memory of a task that is not active has a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +171,7 @@ class MemoryWeighting(StatefulWeighting):
             usable = usable & (excess.isfinite() | ~mask).all()
         counted = mask & usable
         keep, scale, weights = self.decide(torch.where(usable, gram, 0.0), counted, losses, excess)
-        weights = weights if self.weighs_absent else torch.where(mask, weights, 0.0)
+        weights = torch.where(mask, weights, 0.0)
         return MemoryUpdate(torch.where(counted, keep, 1.0), torch.where(counted, scale, 0.0), weights).unless(usable)
 
     def row_weights(self, update: MemoryUpdate) -> Tensor:
