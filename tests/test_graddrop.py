@@ -295,7 +295,7 @@ def test_aggregate_takes_it():
     out = [torch.zeros(40), torch.zeros(5, 5)]
     assert mtl.aggregate(grads, "graddrop", out)[0] is out[0]
     assert out[0].any()
-    assert mtl.get_weighting("graddrop", leak=[0.1, 0.2, 1.0]).leak.tolist() == [0.1, 0.2, 1.0]
+    assert mtl.get_weighting("graddrop", leak=[0.1, 0.2, 1.0]).leak == (0.1, 0.2, 1.0)
 
 
 def test_seeds_resume_and_follow_the_generator():
@@ -321,7 +321,7 @@ def test_compiled_with_a_seed(backend):
     assert_same_bits(compiled(grads, SEED), method(grads, seed=SEED))
 
 
-@pytest.mark.parametrize("leak", [-0.1, 1.5, math.nan, [0.5, 2.0], [[0.5]]], ids=str)
+@pytest.mark.parametrize("leak", [-0.1, 1.5, math.nan, [0.5, 2.0]], ids=str)
 def test_a_leak_outside_of_its_range(leak):
     with pytest.raises(ValueError, match=r"leak is .*; pass a number from 0 to 1"):
         mtl.GradDrop(leak)

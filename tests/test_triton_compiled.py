@@ -38,8 +38,10 @@ def max_registers(target: targets.Target) -> int:
     """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
     if target.kernel in STAGES_BETWEEN:
         return 64 if target.num_rows <= 16 else 255
-    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks, graddrop.graddrop_chunks):
+    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks):
         return 160
+    if target.kernel is graddrop.graddrop_chunks:  # 16 bytes of 16 bits are eight elements, each with four sums and a word
+        return 160 if target.dtype.itemsize >= 4 else 240
     if target.num_rows <= 4:
         return 128
     return 255 if (target.num_rows, target.dtype) == (64, torch.float32) else 216

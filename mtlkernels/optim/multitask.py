@@ -58,9 +58,12 @@ class MultiTaskOptimizer(Decisions):
 
     Args:
         optimizer: the torch optimizer that applies the update; ``.optimizer`` afterwards.
-        weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device. With one
-            that is ``loss_only`` a step takes one backward pass, of the weighted losses: heads get their task's weight, too,
-            ``shared`` and ``heads`` make no difference, and neither ``per`` nor ``update_every`` nor ``"drop_task"`` applies.
+        weighting: a :class:`Weighting`, an :class:`Elementwise` method or its registry string; ``.weighting`` afterwards, on
+            the parameters' device. With one that is ``loss_only`` a step takes one backward pass, of the weighted losses: heads
+            get their task's weight, too, ``shared`` and ``heads`` make no difference, and neither ``per`` nor ``update_every``
+            nor ``"drop_task"`` applies. An element-wise method replaces sum_k w_k g_k: with ``on_nonfinite="skip"`` in one read
+            of the gradients, without their Gram. It and one that keeps a memory of gradients take ``per="model"`` and
+            ``update_every=1``.
         shared: the shared parameters. None with ``heads``: every parameter of the optimizer that is not in them. None without:
             what two or more tasks reach in the first ``backward``, which must have every task; the others belong to the task
             that reaches them. With one task in all, everything is shared. Parameters that are added or unfrozen later are told

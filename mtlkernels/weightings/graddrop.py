@@ -30,14 +30,12 @@ class GradDrop(Seeded, Elementwise):
         ValueError: a leak outside of [0, 1].
     """
 
-    leak: Tensor
-
     def __init__(self, leak: float | Sequence[float] = 0.0, generator: torch.Generator | None = None) -> None:
         super().__init__(generator)
-        values = torch.as_tensor(leak, dtype=torch.float64)
-        if values.dim() > 1 or not bool(((values >= 0) & (values <= 1)).all()):
+        self.leak = float(leak) if isinstance(leak, (int, float)) else tuple(map(float, leak))
+        values = [self.leak] if isinstance(self.leak, float) else self.leak
+        if not all(0 <= value <= 1 for value in values):
             raise ValueError(f"leak is {leak}; pass a number from 0 to 1, or one for each task.")
-        self.register_buffer("leak", values.clone(), persistent=False)
 
     def combine(
         self,
@@ -47,7 +45,13 @@ class GradDrop(Seeded, Elementwise):
         seed: Tensor | None,
     ) -> list[Tensor | None]:
         device = device_of(rows)
-        if self.leak.dim() == 1 and self.leak.shape != (len(rows),):
-            raise ValueError(f"leak has {len(self.leak)} values, there are {len(rows)} tasks; pass one each, or one for all.")
         seed = self.draw_seed(device) if seed is None else seed.to(device)
-        return graddrop(rows, self.leak.to(device, torch.float64).expand(len(rows)), seed, active, out)
+        return graddrop(rows, self._leak_of(len(rows), device), seed, active, out)
+
+    def _leak_of(self, num_tasks: int, device: torch.device) -> Tensor:
+        """float64 [K], filled on the device: a copy from the host would make it wait."""
+        if isinstance(self.leak, float):
+            return torch.full((num_tasks,), self.leak, dtype=torch.float64, device=device)
+        if len(self.leak) != num_tasks:
+            raise ValueError(f"leak has {len(self.leak)} values, there are {num_tasks} tasks; pass one each, or one for all.")
+        return torch.cat([torch.full((1,), value, dtype=torch.float64, device=device) for value in self.leak])
