@@ -109,6 +109,14 @@ def test_step_with_other_weightings_and_options(recorder, weighting, options):
     assert recorder.reads == []
 
 
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"on_nonfinite": "drop_task"}], ids=str)
+def test_step_with_an_elementwise_method(recorder, options):
+    info = step("graddrop", **options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert "mtlkernels.graddrop_.default" in recorder.calls
+
+
 @pytest.mark.parametrize("weighting", [pytest.param("cagrad", marks=pytest.mark.slow), "mgda", "pcgrad"])
 def test_references_of_the_solvers_read_nothing(recorder, weighting):
     recorder.kernels = {"gram", "combine_"}

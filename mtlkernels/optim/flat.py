@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..flat import FlatGram, flat_gram
 from ..gradients import Rows, Source, combine_own, update_buffers
-from ..weightings import Weighting
+from ..weightings import Weighting, as_weighting
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
@@ -143,9 +143,10 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             raise ValueError(f"pair_weighting is given, which aggregation={aggregation!r} has no use for; leave it out.")
         if module is not None and not isinstance(module, torch.nn.Module):
             raise ValueError(f"module is a {type(module).__name__}; pass the model, a torch.nn.Module.")
+        loss_weighting = as_weighting(weighting)
         super().__init__(
             optimizer,
-            weighting,
+            loss_weighting,
             shared=shared,
             heads=heads,
             tasks=tasks,
@@ -156,7 +157,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             process_group=process_group,
             mesh=mesh,
         )
-        self.weightings = FlatWeightings(aggregation, self.weighting, flat_weighting, pair_weighting).to(self.device)
+        self.weightings = FlatWeightings(aggregation, loss_weighting, flat_weighting, pair_weighting).to(self.device)
         self.aggregation, self.perturbation, self.adaptive, self.joint = aggregation, perturbation, adaptive, joint
         self.rho, self.head_rho, self.beta, self.probe, self.module = rho, head_rho, beta, probe, module
 

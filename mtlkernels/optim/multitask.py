@@ -25,7 +25,7 @@ from ..gradients import (
 )
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
-from ..weightings import Weighting, as_weighting
+from ..weightings import Elementwise, Weighting, as_method
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, loaded_names, order_losses, task_names
@@ -49,7 +49,9 @@ class MultiTaskOptimizer(WrappedOptimizer):
 
     Args:
         optimizer: the torch optimizer that applies the update; ``.optimizer`` afterwards.
-        weighting: a :class:`Weighting` or its registry string; ``.weighting`` afterwards, on the parameters' device.
+        weighting: a :class:`Weighting`, an :class:`Elementwise` method or its registry string; ``.weighting`` afterwards, on
+            the parameters' device. An element-wise method replaces sum_k w_k g_k: with ``on_nonfinite="skip"`` in one read of
+            the gradients, without their Gram; with ``per="model"`` and ``update_every=1`` only.
         shared: the shared parameters. None with ``heads``: every parameter of the optimizer that is not in them. None without:
             what two or more tasks reach in the first ``backward``, which must have every task; the others belong to the task
             that reaches them. With one task in all, everything is shared. Parameters that are added or unfrozen later are told
@@ -81,7 +83,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        weighting: str | Weighting = "mean",
+        weighting: str | Weighting | Elementwise = "mean",
         *,
         shared: Iterable[Tensor] | None = None,
         heads: Mapping[Any, Iterable[Tensor]] | None = None,
@@ -95,7 +97,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         mesh: object = None,
     ) -> None:
         super().__init__(optimizer)
-        weighting = as_weighting(weighting)
+        weighting = as_method(weighting)
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
             ("gradients", gradients, SOURCES),
@@ -111,6 +113,11 @@ class MultiTaskOptimizer(WrappedOptimizer):
             raise ValueError(f"update_every is {update_every!r}; pass a whole number, 1 or more.")
         if update_every > 1 and per != "model":
             raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
+        if isinstance(weighting, Elementwise) and (per != "model" or update_every > 1):
+            raise ValueError(
+                f"{type(weighting).__name__} combines every element by itself and has no weights to keep; leave per and "
+                "update_every out."
+            )
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
         params = self.params
@@ -230,11 +237,14 @@ class MultiTaskOptimizer(WrappedOptimizer):
             self._check_reached(shared_rows, shared)
         with torch.no_grad():
             problems = Problems(self.per or roles.group_of_shared(), shared)
-            squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
-            solve = self._solve if computes else self._keep
-            info, applied, own_weights = solve(tasks, ordered, *squares, kept)
-            buffers = update_buffers(shared_rows, shared)
-            problems.combine(shared_rows, applied, buffers)
+            if isinstance(self.weighting, Elementwise):
+                info, buffers, own_weights = self._by_element(tasks, ordered, shared_rows, own_rows, own, scale, kept)
+            else:
+                squares = self._squares(tasks, problems, shared_rows, own_rows, own, scale)
+                solve = self._solve if computes else self._keep
+                info, applied, own_weights = solve(tasks, ordered, *squares, kept)
+                buffers = update_buffers(shared_rows, shared)
+                problems.combine(shared_rows, applied, buffers)
             shows_nan = _first_written(shared, buffers)
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or shows_nan is None
             own_buffers = combine_own(own_rows, own, own_weights, weighted)
@@ -404,6 +414,50 @@ class MultiTaskOptimizer(WrappedOptimizer):
         self._held = self._held.used()
         return info, *applied
 
+    def _by_element(
+        self,
+        tasks: tuple[Task, ...],
+        losses: Sequence[Tensor | None],
+        shared_rows: Rows,
+        own_rows: Rows,
+        own: list[Tensor],
+        scale: Tensor | None,
+        kept: Snapshot,
+    ) -> tuple[StepInfo, list[Tensor | None], Tensor]:
+        """As :meth:`_solve`, of an element-wise method: the info, the shared update and the weights of the heads.
+
+        The update's norm and whether it is finite take a read of the update. Tasks are told apart by the Gram of their
+        gradients, which is a read more, where ``on_nonfinite`` asks for it.
+        """
+        model, heads, shared = Problems("model", self._roles.shared), Problems("model", own), self._roles.shared
+        square = 1.0 if scale is None else scale.double().square()
+        gram = None if self.on_nonfinite == "skip" else self._gram(model, shared_rows, shared, tasks) / square
+        own_gram = self._gram(heads, own_rows, own, tasks) / square if own else None
+        values, present = self._loss_values(losses)
+        finite = torch.ones_like(present)
+        for matrix in (gram, own_gram):
+            finite = finite if matrix is None else finite & (matrix.diagonal() < torch.inf)
+        drops = self.on_nonfinite == "drop_task"
+        active = present & finite if drops else present
+        mask = active if drops or any(loss is None for loss in losses) else None
+        try:
+            buffers = self.weighting(shared_rows, update_buffers(shared_rows, shared), active=mask)
+        except Exception:
+            check_dense(tasks, shared_rows, shared, self.name_of)
+            raise
+        own_clean = None if own_gram is None else torch.where(finite.unsqueeze(-1) & finite, own_gram, 0.0)
+        ones, own_weights = torch.ones(1, dtype=torch.float64, device=self.device), active.double()
+        update = UpdateNorm(self._gram(model, [buffers], shared, tasks) / square, ones, own_clean, own_weights)
+        info = StepInfo(tasks, values, gram, torch.full_like(values, torch.nan), active, update)
+        usable = (update.gram[0, 0] < torch.inf) & (active.any() if drops else finite.all())
+        applied, own_weights = self._checked(info, update, (ones, own_weights), finite, usable)
+        if self.on_nonfinite != "raise":
+            kept.restore_buffers_unless(usable)
+        shows_nan = _first_written(shared, buffers)  # without clipping, one tensor is enough to show it
+        scaled = [b if p is shows_nan or self.max_norm is not None else None for p, b in zip(shared, buffers, strict=True)]
+        model.combine([scaled], applied, scaled)
+        return info, buffers, own_weights
+
     def _checked(
         self, info: StepInfo, update: UpdateNorm, weights: tuple[Tensor, Tensor], finite: Tensor, usable: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -433,6 +487,8 @@ class MultiTaskOptimizer(WrappedOptimizer):
         named = ", ".join(repr(task) for task, finite in zip(info.tasks, verdict, strict=False) if not finite)
         if named:
             raise RuntimeError(f"gradients of task {named} are not finite; nothing was changed.")
+        if not verdict[-1] and isinstance(self.weighting, Elementwise):
+            raise RuntimeError(f"the update of {type(self.weighting).__name__} is not finite; nothing was changed.")
         if not verdict[-1] and info.gram is None:
             raise RuntimeError("the gradient of the weighted losses is not finite; nothing was changed.")
         if not verdict[-1]:
