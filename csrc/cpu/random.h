@@ -41,7 +41,7 @@ inline void store_interleaved(uint32_t* to, CounterVector a, CounterVector b) {
 #endif
 }
 
-constexpr int64_t kWordsBeyond = 8 * kCounters;
+constexpr int64_t kWordsBeyond = 8 * kCounters;  // than asked for that are written, at most
 
 /// The upper halves in the place of the lower.
 inline CounterVector upper(CounterVector a) {
@@ -52,7 +52,7 @@ inline CounterVector upper(CounterVector a) {
 #endif
 }
 
-/// The words of a tensor's elements.
+/// The words of a tensor's elements, with the keys of all rounds laid out.
 class Words {
  public:
   Words(uint64_t seed, uint32_t place) : place_(place) {

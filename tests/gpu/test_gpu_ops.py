@@ -17,9 +17,11 @@ from helpers import (
     random_gradients,
 )
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
+from test_graddrop import SEED, leaks
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.elementwise import graddrop
 
 Rows = Sequence[Sequence[Tensor | None]]
 NUM_TASKS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 64]
@@ -94,6 +96,16 @@ def test_mix(kernels, device, num_tasks, num_results, dtype):
     coefficients = torch.randn(num_results, num_tasks, dtype=torch.float64)
     for weights, row in zip(coefficients, mtl.mix(onto(device, grads), coefficients.to(device)), strict=True):
         assert_combined(home(row), grads, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_graddrop_gives_the_bits_of_the_cpu(kernels, device, num_tasks, dtype):
+    rows = random_gradients(num_tasks, [*SHAPES, (2**20 + 3,)], dtype)
+    active = torch.arange(num_tasks) % 3 != 1
+    expected = graddrop(rows, leaks(num_tasks), SEED, active)
+    actual = graddrop(onto(device, rows), leaks(num_tasks).to(device), SEED.to(device), active.to(device))
+    assert all(a.cpu().equal(e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("form", ["difference", "product"])
