@@ -381,7 +381,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
             self.ranks.check(params)
             self._compares = self.ranks.size > 1
         if self._compares:
-            self.ranks.require_equal(step_entries(self, tasks, ordered))
+            self.ranks.require_equal(step_entries(self, self.ranks, tasks, ordered, {"weighting": self.weighting}))
         by_reach = any(p.requires_grad for p in roles.found)
         decides = not self._one_pass
         undecided = decides and len(tasks) > 1 and bool(roles.pending())
