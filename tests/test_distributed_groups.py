@@ -14,7 +14,7 @@ STEPS = 20
 
 def make(setting: Setting, **options: Any) -> mtl.SelectiveGroupOptimizer:
     options = {"heads": setting.module.own(), "warmup": 1} | setting.options | options
-    inner = torch.optim.AdamW(setting.module.parameters(), lr=0.02)
+    inner = torch.optim.SGD(setting.module.parameters(), lr=0.02, momentum=0.9)  # unlike Adam it shows a wrong scale
     return mtl.SelectiveGroupOptimizer(inner, **options)
 
 
@@ -74,7 +74,7 @@ def test_groups_change_in_what_is_compared():
 
 
 def test_losses_that_are_not_averaged_are_noticed(workers):
-    results = workers.run(2, trained, "ddp", OPTIONS["sum"], "local losses")
+    results = workers.run(2, trained, "ddp", {"grouping": None}, "local losses")  # groups that differ would hang
 
     with pytest.raises(AssertionError):
         assert_same(results[0], results[1], 0.0)
