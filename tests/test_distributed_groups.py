@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_models import Setting
+from distributed_models import KINDS, Setting
 from distributed_workers import RankError
 
 import mtlkernels as mtl
@@ -46,17 +46,20 @@ OPTIONS = {
 }
 
 
-CASES = [("sum", ranks, kind) for ranks in (1, 2, 3, 4) for kind in ("ddp", "fsdp")] + [
+CASES = [
+    ("sum", 2, "ddp"),
+    ("sum", 3, "fsdp"),
     ("sum", 4, "hsdp"),
-    ("sum", 4, "tp+fsdp"),
     ("clipped", 2, "ddp"),
     ("clipped", 4, "tp+fsdp"),
     ("pcgrad", 3, "ddp"),
-    ("pcgrad", 4, "hsdp"),
+    ("pcgrad", 2, "fsdp"),
 ]
+MORE = [(options, ranks, kind) for options in OPTIONS for ranks in (1, 2, 3, 4) for kind in KINDS]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in CASES]
 
 
-@pytest.mark.parametrize(("options", "ranks", "kind"), CASES)
+@pytest.mark.parametrize(("options", "ranks", "kind"), CASES + SLOW)
 def test_training_is_that_of_one_process(workers, options, ranks, kind):
     expected = trained("single", OPTIONS[options])
 

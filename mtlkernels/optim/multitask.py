@@ -489,7 +489,7 @@ class MultiTaskOptimizer(WrappedOptimizer):
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Grams of the shared and of the other parameters' rows, unscaled, on the first parameter's device."""
-        gram = self._gram(problems, shared_rows, self._roles.shared, tasks)
+        gram = self._gram(problems, shared_rows, cast(list[Tensor], problems.tensors), tasks)
         own_gram = self._gram(Problems("model", own), own_rows, own, tasks) if own else None
         if scale is not None:
             square = scale.double().square()
