@@ -4,7 +4,7 @@ The flat part of a task is f_k = s_k - g_k, its gradient at perturbed parameters
 Algorithm 1). Both ops form what they need in registers: no difference and no product of tensors is ever in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -109,6 +109,11 @@ def flat_gram(grads: Gradients, sam: Gradients, *, per: Literal["model", "tensor
         ValueError: as in :func:`mtlkernels.gram`; lists of different lengths.
         RuntimeError: an input requires grad; pass ``.detach()``ed tensors.
     """
+    return FlatGram.of_pairs(paired_gram(grads, sam, per))
+
+
+def paired_gram(grads: Gradients, sam: Gradients, per: Literal["model", "tensor"]) -> Tensor:
+    """What :class:`FlatGram` is made of, as :func:`flat_gram`: the Gram [..., 2K, 2K] of g_1, f_1, g_2, f_2, ..."""
     if per not in ("model", "tensor"):
         raise ValueError(f'per is {per!r}; pass "model" or "tensor".')
     first, second = _rows(grads, "grads"), _rows(sam, "sam")
@@ -123,7 +128,7 @@ def flat_gram(grads: Gradients, sam: Gradients, *, per: Literal["model", "tensor
         check_gradients([*first, *second], names=names)
 
     op = torch.ops.mtlkernels.paired_gram.default
-    return FlatGram.of_pairs(_call(op, "flat_gram", check, *flat, len(first), per, "difference"))
+    return _call(op, "flat_gram", check, *flat, len(first), per, "difference")
 
 
 # --- perturb_ -----------------------------------------------------------------------------------------------------------
@@ -179,6 +184,7 @@ def perturb_(
     adaptive: bool = False,
     groups: Sequence[int] | None = None,
     buffers: Sequence[Tensor] | None = None,
+    whole: Callable[[Tensor, list[int]], Tensor] | None = None,
 ) -> list[Tensor]:
     """Moves parameters to the worst place within a radius, to first order: theta + eps (Foret et al. 2021; Kwon et al. 2021).
 
@@ -197,6 +203,8 @@ def perturb_(
         adaptive: whether eps is measured in units of the parameters.
         groups: sizes of consecutive groups of parameters that have a norm of their own; None: one norm for all.
         buffers: N tensors like the parameters to hold theta + eps, written whatever is in them. None: new ones.
+        whole: where the tensors are shards: makes squared norms, float64, those of the whole tensors, in every process the
+            same. It is given those of the tensors with a gradient, and their indices. None: the tensors are whole.
 
     Returns:
         The N tensors that hold theta, for :func:`restore_`.
@@ -220,6 +228,8 @@ def perturb_(
         check_gradients([before, steps, after], names=["params", "grads", "buffers"])
 
     squares = squared_norms(before, steps, adaptive)
+    if whole is not None:
+        squares = whole(squares, keep)
     counts = [sum(start <= n < start + size for n in keep) for start, size in zip(_starts(sizes), sizes, strict=True)]
     parts = [
         (r / (part.sum().sqrt() + EPSILON)).expand(count)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from distributed_workers import Workers
 
 from mtlkernels import _library
 from mtlkernels.dispatch import use_backend
@@ -44,3 +45,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         require_library()
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    """Processes that run functions of the tests as ranks; started by the first test that needs them."""
+    workers = Workers()
+    yield workers
+    workers.stop()

@@ -61,8 +61,10 @@ class Setting:
         data: this rank's part of the batch and how many parts there are.
     """
 
+    make_module: Callable[[int], Any] = Model
+
     def __init__(self, kind: str, seed: int = 0, **ddp: Any) -> None:
-        self.module = Model(seed)
+        self.module = self.make_module(seed)
         self.model: Callable[[Tensor], dict[str, Tensor]] = self.module
         self.options: dict[str, Any] = {}
         self.data = 0, 1

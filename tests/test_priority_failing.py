@@ -230,8 +230,8 @@ def test_hooks_need_the_backward_source(mode):
         ({"layers": [3]}, r"layers\[0\] is a int"),
         ({"layers": "held"}, r"layers\[0\] has a weight of shape \(6, 3\) that the optimizer does not hold"),
         ({"layers": "twice"}, "lists a weight twice"),
-        ({"process_group": object()}, "process_group is given"),
-        ({"mesh": object()}, "mesh is given"),
+        ({"process_group": object()}, "process_group is a object"),
+        ({"mesh": object()}, "mesh is a object"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -74,16 +74,16 @@ class Ranks:
             gram: this rank's summand of the shared parameters' Grams, float64.
             own_gram: that of the others' Gram; None where there are none.
             losses: float64 [K] of this rank.
-            seed: int64, one element, drawn on this rank; None where nothing is random.
+            seed: int64 [S], drawn on this rank; None where nothing is random.
 
         Returns:
-            Grams of the mean gradients, the mean losses, and the first rank's seed.
+            Grams of the mean gradients, the mean losses, and the first rank's seeds.
         """
         if self.size == 1:
             return gram, own_gram, losses, seed
-        seeds = losses.new_zeros(2)
+        seeds = losses.new_zeros(2, 0 if seed is None else len(seed))
         if seed is not None and self.is_first:
-            seeds = torch.stack([seed.reshape(()) >> 32, seed.reshape(()) & 0xFFFFFFFF]).double()  # exact, as int64 is not
+            seeds = torch.stack([seed >> 32, seed & 0xFFFFFFFF]).double()  # exact, as int64 is not
         own = losses.new_zeros(0) if own_gram is None else own_gram
         gram, own, losses, seeds = self.sum(gram, own, losses, seeds)
         high, low = seeds.long()
@@ -91,7 +91,7 @@ class Ranks:
             gram * self.scale**2,
             None if own_gram is None else own * self.scale**2,
             losses / self.size,
-            None if seed is None else (high << 32 | low).reshape(1),
+            None if seed is None else high << 32 | low,
         )
 
     def scaled(self, weights: Tensor) -> Tensor:
@@ -105,6 +105,14 @@ class Ranks:
     def gather(self, parts: Row, params: Sequence[Tensor]) -> list[Tensor | None]:
         """What ``.grad`` becomes, from every rank's part of it. Collective."""
         return list(parts)
+
+    def held(self, parts: Row, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of a row that :meth:`scatter` gave, what a rank holds of the parameters: all of it, or its shards. Collective."""
+        return list(parts)
+
+    def whole_squares(self, squares: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """Squared norms [N] of whole tensors like the parameters from those of what a rank holds of them. Collective."""
+        return squares
 
     def objects(self, value: object) -> list[Any]:
         """``value`` of every rank. Reads the device; for checks."""

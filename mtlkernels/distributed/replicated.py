@@ -88,6 +88,9 @@ class Replicated(Ranks):
                 result[n] = values if dense else torch.empty_like(params[n], dtype=own.dtype).copy_(values)
         return result
 
+    def held(self, parts: Row, params: Sequence[Tensor]) -> list[Tensor | None]:
+        return self.gather(parts, params)
+
     def objects(self, value: object) -> list[Any]:
         return gathered_objects(value, self.group)
 

@@ -96,6 +96,10 @@ class Sharded(Ranks):
     def gather(self, parts: Row, params: Sequence[Tensor]) -> list[Tensor | None]:
         return [None if part is None else placed_like(part, param) for part, param in zip(parts, params, strict=True)]
 
+    def whole_squares(self, squares: Tensor, params: Sequence[Tensor]) -> Tensor:
+        replicas = torch.tensor([self._replicas(param) for param in params], dtype=torch.float64)
+        return self.sum(squares / replicas.to(squares.device, non_blocking=True))[0]
+
     def objects(self, value: object) -> list[Any]:
         values = [value]
         for group in self._groups:

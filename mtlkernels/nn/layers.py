@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .. import ops
+from ..dtensor import gathered_channels, is_dtensor, local
 from ..gradients import autograd_nodes
 from .context import Task, index_of, task
 from .convert import task_norms
@@ -63,15 +65,21 @@ class Layer:
             tasks: K tasks of the norm, in the order of the rows.
 
         With the norm after the layer those of Eq. 6. With a norm before it task i sees the weight W[p, q] gamma_i[q], so
-        S_p^i = sum_q W[p, q]^2 gamma_i[q]^2: the scale is its root, over a weight of ones.
+        S_p^i = sum_q W[p, q]^2 gamma_i[q]^2: the scale is its root, over a weight of ones. Of a DTensor the norms of its
+        channels stand for the weight, [C, 1]; they and the scales are gathered.
         """
         scale, variance = self.norm.strength()
         order = [index_of(name, self.norm.tasks, type(self.norm).__name__) for name in tasks]
         if order != list(range(len(scale))):  # not by an index tensor, which would be a copy to the device
             scale, variance = (torch.stack([values[k] for k in order]) for values in (scale, variance))
+        weight = local(self.weight.detach())
+        if self.side == "after" and not is_dtensor(self.weight):
+            return weight, scale, variance
         if self.side == "after":
-            return self.weight.detach(), scale, variance
-        strength = scale.float().square() @ self.weight.detach().float().square().T
+            (squares,) = ops.gram([[weight]], per="channel")
+            assert squares is not None
+            return gathered_channels(squares.flatten(1).sqrt(), self.weight), scale, variance
+        strength = gathered_channels(weight.float().square() @ scale.float().square().T, self.weight).T
         return torch.ones_like(strength[0]).unsqueeze(1), strength.sqrt(), torch.ones_like(strength)
 
 

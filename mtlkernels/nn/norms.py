@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, layer_norm, rms_norm
 
+from ..dtensor import whole
 from .context import Task, current_index
 from .record import note_call
 
@@ -75,7 +76,7 @@ class TaskNorm(torch.nn.Module):
     def _scales(self) -> Tensor:
         if self.weight is None:
             return torch.ones(len(self.tasks), *self.shape)
-        return torch.stack([scale.detach().flatten() for scale in self.weight])
+        return torch.stack([whole(scale.detach()).flatten() for scale in self.weight])
 
     def forward(self, x: Tensor) -> Tensor:
         k = self.index()

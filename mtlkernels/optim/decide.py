@@ -1,7 +1,7 @@
 """From Grams to what is applied: the weights of a step, clipped, or NaN where it is not finite. Nothing is read on the host."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -67,13 +67,13 @@ class Decisions(WrappedOptimizer):
 
     def _squares(
         self,
+        tasks: tuple[Task, ...],
         problems: Problems,
         shared_rows: Rows,
         own_rows: Rows,
         own: list[Tensor],
         scale: Tensor | None,
-        tracked: Tracked | None,
-        tasks: Sequence[Task],
+        tracked: Tracked | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Grams of the shared and of the other parameters' rows, unscaled, on the first parameter's device.
 
@@ -84,7 +84,7 @@ class Decisions(WrappedOptimizer):
         elif isinstance(self.weighting, Elementwise) and self.on_nonfinite == "skip":
             gram = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device=self.device)
         else:
-            gram = self._unscaled(self._gram(problems, shared_rows, self._roles.shared, tasks), scale)
+            gram = self._unscaled(self._gram(problems, shared_rows, cast(list[Tensor], problems.tensors), tasks), scale)
         own_gram = self._unscaled(self._gram(Problems("model", own), own_rows, own, tasks), scale) if own else None
         return gram, own_gram
 

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed import check_single_process
-from ..flat import FlatGram, flat_gram
-from ..gradients import Rows, Source, combine_own, update_buffers
+from ..checks import TaskGradients
+from ..flat import FlatGram, paired_gram
+from ..gradients import Rows, Source, combine_own
+from ..granularity import Problems
+from ..reference import Granularity
 from ..weightings import CrossWeighting, MemoryWeighting, Weighting, as_weighting
 from .accumulated import Accumulated, MicroBatch
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
-from .multitask import MultiTaskOptimizer, Nonfinite
+from .multitask import MultiTaskOptimizer, Nonfinite, _Batch
 from .perturbed import Inputs, LossesFn, Passes, Settings, call, check_function
 from .roles import Task
 from .skip import first_written
@@ -87,8 +89,10 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         probe: distance of its two forward passes from the parameters, per standard normal.
         module: the model, whose running statistics are looked after. None: its norms are found while they run, which a compiled
             model's cannot.
-        shared, heads, tasks, max_norm, on_nonfinite, gradients, process_group, mesh: as of :class:`MultiTaskOptimizer`. A
-            gradient that is not finite at perturbed parameters counts as the task's.
+        shared, heads, tasks, max_norm, on_nonfinite, gradients, process_group, mesh, check_ranks: as of
+            :class:`MultiTaskOptimizer`. A gradient that is not finite at perturbed parameters counts as the task's. Of several
+            ranks all perturb alike, along the gradient of the losses' means over them: the step is that of one process with
+            the whole batch. ``"samo"`` is for one process.
         per: ``"model"`` or ``"tensor"``, as there.
 
     Raises:
@@ -119,9 +123,10 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         per: Literal["model", "tensor"] = "model",
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
-        gradients: Source = "autograd",
+        gradients: Source | None = None,
         process_group: object = None,
         mesh: object = None,
+        check_ranks: bool = False,
     ) -> None:
         for name, value, known in (
             ("aggregation", aggregation, get_args(Aggregation)),
@@ -162,8 +167,13 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             gradients=gradients,
             process_group=process_group,
             mesh=mesh,
+            check_ranks=check_ranks,
         )
-        check_single_process(self.params, process_group, mesh)
+        if perturbation == "samo" and (self.ranks.size > 1 or self.ranks.hides_leaves):
+            raise ValueError(
+                'perturbation="samo" needs losses at parameters without a backward pass after them, which several ranks do not '
+                'have; pass perturbation="task".'
+            )
         self.weightings = FlatWeightings(aggregation, loss_weighting, flat_weighting, pair_weighting).to(self.device)
         for part in self.weightings.modules():
             if isinstance(part, (CrossWeighting, MemoryWeighting)):
@@ -265,18 +275,26 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             shared_rows, own_rows = rows[:-count], rows[-count:]
             if all(loss is not None for loss in losses):
                 self._check_reached(shared_rows[-count:], shared)
-            info, applied, own_weights = self._solve_flat(tasks, losses, shared_rows, own_rows, own, scale, kept)
-            info.perturbed_losses = self._loss_values(perturbed)[0]
-            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task"
+            ranks = self.ranks
+            grads = _FlatRows(self.per, shared, split=len(shared_rows) > count)
+            gram, own_gram = self._squares(tasks, grads, shared_rows, own_rows, own, scale)
+            values, present = self._loss_values([*losses, *perturbed])
+            seeds = self.weightings.draw_seeds(self.device) if ranks.size > 1 else None
+            gram, own_gram, values, seeds = ranks.decisive(gram, own_gram, values, seeds)
+            batch_of = _Batch(tasks, values[:count], present[:count], all(loss is not None for loss in losses), seeds)
+            info, applied, own_weights = self._solve_flat(batch_of, gram, own_gram, self._cut(shared_rows[-count:]), kept)
+            info.perturbed_losses = values[count:]
+            weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1
             if scale is not None and not accumulate:
                 applied, own_weights, weighted = applied / scale, own_weights / scale, True
-            buffers = update_buffers(shared_rows, shared)
-            ops.combine(shared_rows, applied, out=buffers)
+            buffers = ranks.buffers(shared_rows, shared)
+            ops.combine(shared_rows, ranks.scaled(applied), out=buffers)
             shows_nan = first_written(shared, buffers)
-            own_buffers = update_buffers(own_rows, own)
-            own_buffers = combine_own(own_rows, own_buffers, own_weights, weighted or shows_nan is None)
+            own_buffers = ranks.buffers(own_rows, own)
+            own_buffers = combine_own(own_rows, own_buffers, ranks.scaled(own_weights), weighted or shows_nan is None)
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
-            self._fill([*shared, *own], [*buffers, *own_buffers], accumulate)
+            every = [*shared, *own]
+            self._fill(every, ranks.gather([*buffers, *own_buffers], every), accumulate)
         self._accumulated = Accumulated()
         self._note(info, shows_nan, scaled=scale is not None and accumulate)
         return info
@@ -295,7 +313,8 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         tasks, losses, scaled, scale = self._begin(call(losses_fn), scaler, accumulate)
         statistics.keep()
         inputs = self._inputs(tasks)
-        passes = Passes(self._settings(), losses_fn, tasks, inputs, statistics, None if scale is None else scaler)
+        scales = None if scale is None else scaler
+        passes = Passes(self._settings(), losses_fn, tasks, inputs, statistics, scales, self.ranks, received=self._scatter_row)
         loss_rows, sam_rows, own_rows, perturbed = (
             passes.along_tasks(scaled) if self.perturbation == "task" else passes.samo(losses)
         )
@@ -330,23 +349,19 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
     # --- weights ---------------------------------------------------------------------------------------------------------
 
     def _solve_flat(
-        self,
-        tasks: tuple[Task, ...],
-        losses: Sequence[Tensor | None],
-        shared_rows: Rows,
-        own_rows: Rows,
-        own: list[Tensor],
-        scale: Tensor | None,
-        kept: Snapshot,
+        self, batch: _Batch, gram: Tensor, own_gram: Tensor | None, cut: float, kept: Snapshot
     ) -> tuple[FlatInfo, Tensor, Tensor]:
-        """On the device: the info, the weights to apply to the rows, [2K] or [N, 2K] (K if direct), and the heads', [K]."""
-        loss_rows, sam_rows = shared_rows[: -len(tasks)], shared_rows[-len(tasks) :]
-        grams = self._grams(loss_rows, sam_rows)
-        own_gram = cast(Tensor, ops.gram(own_rows)).to(self.device) if own else None
-        if scale is not None:
-            square = scale.double().square()
-            grams = [gram / square for gram in grams]
-            own_gram = None if own_gram is None else own_gram / square
+        """On the device: the info, the weights to apply to the rows, [2K] or [N, 2K] (K if direct), and the heads', [K].
+
+        Args:
+            batch: what is known of the losses, with the weightings' seeds.
+            gram: of the gradients at perturbed parameters if direct, otherwise as :meth:`FlatGram.of_pairs` takes it.
+            own_gram: of the other parameters' gradients.
+            cut: as of :class:`FlatWeightings`.
+            kept: the weightings' buffers as they go back where the update is not finite.
+        """
+        tasks, values, present, complete, seeds = batch
+        grams = [gram] if self.aggregation == "direct" else list(FlatGram.of_pairs(gram))
         finite = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
         for gram in grams[:2]:  # squared norms: false for inf and NaN
             now = gram.diagonal(dim1=-2, dim2=-1) < torch.inf
@@ -356,16 +371,15 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         pair = finite.unsqueeze(-1) & finite
         clean = [torch.where(pair, gram, 0.0) for gram in grams]
         own_clean = None if own_gram is None else torch.where(pair, own_gram, 0.0)
-        values, present = self._loss_values(losses)
         drops = self.on_nonfinite == "drop_task"
         active = present & finite if drops else present
-        mask = active if drops or any(loss is None for loss in losses) else None
+        mask = active if drops or not complete else None
         known = values if mask is None else torch.where(active, values, 0.0)
         if self.aggregation == "direct":
-            w, v = self.weighting(clean[0], active=mask, losses=known), None
+            w, v = self.weighting(clean[0], active=mask, losses=known, seed=None if seeds is None else seeds[:1]), None
             square_form, applied = clean[0], w
         else:
-            w, v = self.weightings(FlatGram(*clean), self._cut(sam_rows), mask, known)
+            w, v = self.weightings(FlatGram(*clean), cut, mask, known, seeds)
             square_form, applied = _blocks(*clean), torch.cat([w, v], -1)
         own_weights = active.double()
         update = UpdateNorm(square_form, applied, own_clean, own_weights)
@@ -378,13 +392,6 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         if self.on_nonfinite != "raise":
             kept.restore_buffers_unless(usable)
         return info, *weights
-
-    def _grams(self, loss_rows: Rows, sam_rows: Rows) -> list[Tensor]:
-        """Of the gradients at perturbed parameters alone; or of the gradients, of the flat parts, and of one with the other."""
-        per = cast(Literal["model", "tensor"], self.per)
-        if not loss_rows:
-            return [cast(Tensor, ops.gram(sam_rows, per=per)).to(self.device)]
-        return [part.to(self.device) for part in flat_gram(loss_rows, sam_rows, per=per)]
 
     def _cut(self, rows: Rows) -> float:
         """What a flat part must exceed, over the norm of its gradient: the unit roundoff of the finest dtype of the rows."""
@@ -422,6 +429,20 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
                     )
                 load_buffers(weighting, state, self.device)
             super()._load(state_dict)
+
+
+class _FlatRows(Problems):
+    """Rows of gradients and, if ``split``, as many at perturbed parameters after them, whose flat parts the Gram is of."""
+
+    def __init__(self, per: Granularity | None, tensors: Sequence[Tensor], split: bool) -> None:
+        super().__init__(per or "model", tensors)
+        self.split = split
+
+    def gram(self, rows: TaskGradients) -> Tensor:
+        if not self.split:
+            return super().gram(rows)
+        half = len(rows) // 2
+        return paired_gram(rows[:half], rows[half:], cast(Literal["model", "tensor"], self.per))
 
 
 def _blocks(loss: Tensor, flat: Tensor, cross: Tensor) -> Tensor:

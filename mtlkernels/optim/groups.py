@@ -7,11 +7,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..distributed import check_single_process
+from ..distributed import ranks_of
+from ..gradients import Source, weighted_gradients
+from ..granularity import Problems
 from ..grouping.common import Groups, check_partition
 from ..proximal import ProximalAffinity
 from ..weightings import Weighting
+from .compare import step_entries
 from .info import GroupsInfo
 from .losses import Losses, by_task, loaded_names, order_losses, task_names
 from .multitask import MultiTaskOptimizer, Nonfinite
@@ -65,6 +67,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         transactional: copy parameters and the inner state before each batch, and put them back when anything in it raises.
             Costs their memory and one read and write a batch. Without, the visits that were completed stay.
         module: the model, whose buffers (batch-norm statistics) ``transactional`` puts back, too.
+        process_group, mesh, check_ranks: as of :class:`MultiTaskOptimizer`. Affinities are of the losses' means over the ranks,
+            so that every rank forms the same groups, and a loss that is not finite on one rank skips the visit on all.
         **options: further options of :class:`MultiTaskOptimizer`, with a weighting.
 
     Attributes:
@@ -96,6 +100,9 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         on_nonfinite: Nonfinite = "skip",
         transactional: bool = False,
         module: torch.nn.Module | None = None,
+        process_group: object = None,
+        mesh: object = None,
+        check_ranks: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(optimizer)
@@ -119,15 +126,32 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             raise ValueError("a weighting needs shared=parameters or heads={task: parameters}: no visit has every task.")
         if weighting is None and on_nonfinite == "drop_task":
             raise ValueError('on_nonfinite="drop_task" needs a gradient for each task; pass a weighting, or "skip" or "raise".')
-        check_single_process(self.params)
         shared = None if shared is None else list(shared)
         heads = {task: list(params) for task, params in heads.items()} if isinstance(heads, Mapping) else heads
         self._heads = Roles(self.params, shared, heads).heads
         self._multi: MultiTaskOptimizer | None = None
         if weighting is not None:
             self._multi = MultiTaskOptimizer(
-                optimizer, weighting, shared=shared, heads=heads, max_norm=max_norm, on_nonfinite=on_nonfinite, **options
+                optimizer,
+                weighting,
+                shared=shared,
+                heads=heads,
+                max_norm=max_norm,
+                on_nonfinite=on_nonfinite,
+                process_group=process_group,
+                mesh=mesh,
+                check_ranks=check_ranks,
+                **options,
             )
+            self.ranks = self._multi.ranks
+        else:
+            self.ranks = ranks_of(self.params, process_group, mesh, self.name_of)
+        self._source: Source | None = None  # loss.backward() into .grad, which DistributedDataParallel would take part in
+        if self.ranks.hides_leaves:
+            self._source = "backward"
+        elif process_group is not None or mesh is not None:
+            self._source = "autograd"
+        self.check_ranks, self._compares = check_ranks, self.ranks.size > 1
         if head_lr_factor != 1:
             self._split_heads(head_lr_factor)
         self.tasks = None
@@ -212,7 +236,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                 f"losses_fn is a {type(losses_fn).__name__}; pass a function without arguments that returns losses."
             )
         scaler = enabled_scaler(scaler, self.on_nonfinite)
-        check_single_process()
+        self.ranks.check()
         before = self._snapshot() if self.transactional else None
         own = self.tasks, self.groups, self.affinity
         info = group = None
@@ -221,6 +245,8 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                 tasks, ordered = order_losses(losses_fn(), self.tasks)
                 if self.tasks is None:
                     self._fix_tasks(tasks)
+                if self._compares:
+                    self._compare(tasks, ordered)
                 present = _present(ordered)
                 reads = self._regroup()
                 assert self.affinity is not None
@@ -232,7 +258,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                         _, ordered = by_task(losses_fn(), tasks)
                         if _present(ordered) != present:
                             raise ValueError("losses_fn returned other tasks than in the first visit of the batch.")
-                    values, nonfinite = self.affinity.update(group, ordered, skipped=skipped)
+                    values, nonfinite = self.affinity.update(group, self._means(ordered), skipped=skipped)
                     if self._multi is None:
                         skipped = self._step_sum(self._weighted(ordered, group), params, nonfinite, scaler, info)
                     else:
@@ -249,7 +275,25 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
                 self.tasks, self.groups, self.affinity = own
             raise
         self.batches += 1
+        self._compares = self.check_ranks and self.ranks.size > 1
         return info
+
+    def _compare(self, tasks: tuple[Task, ...], losses: Sequence[Tensor | None]) -> None:
+        """Raises a ``RuntimeError`` where the ranks do not start the batch alike."""
+        assert self.affinity is not None
+        self.ranks.check(self.params)
+        entries = dict(step_entries(self, self.ranks, tasks, losses, {"affinity": self.affinity}))
+        entries["batches before, and the seed"] = None, f"{self.batches}, {self.seed}"
+        entries["groups"] = None, str(self.groups)
+        self.ranks.require_equal(entries)
+
+    @torch.no_grad()
+    def _means(self, losses: Sequence[Tensor | None]) -> Tensor | Sequence[Tensor | None]:
+        """The losses' means over the ranks, which what is decided from them must be the same on."""
+        if self.ranks.size == 1:
+            return losses
+        (total,) = self.ranks.sum(self._loss_values(losses)[0])
+        return total / self.ranks.size
 
     def _regroup(self) -> int:
         """Forms this batch's groups; returns how many host reads it took."""
@@ -307,13 +351,18 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         try:
             for param in params:
                 param.grad = None
-            torch.autograd.backward(losses if scaler is None else scaler.scale(losses))
+            grads = self._parts(losses if scaler is None else scaler.scale(losses), params)
             by_gradient = scaler is not None or self.max_norm is not None
-            skipped = self._check_and_clip(params, scaler) if by_gradient else nonfinite
+            skipped = self._check_and_clip(grads, params, scaler) if by_gradient else nonfinite
             if self.on_nonfinite == "raise":
                 info.host_reads += 1
                 if bool(skipped):
                     raise RuntimeError("the losses or gradients of this visit are not finite; it changed nothing.")
+            if self._source is not None:
+                with torch.no_grad():
+                    for param, grad in zip(params, self.ranks.gather(grads, params), strict=True):
+                        param.grad = grad
+            del grads
             if scaler is None:
                 info.host_reads += self._step_inner(None if self.on_nonfinite == "raise" else skipped)
             else:
@@ -325,16 +374,36 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             raise
         return skipped
 
+    def _parts(self, losses: list[Tensor], params: list[Tensor]) -> list[Tensor | None]:
+        """This rank's part of the gradient of the sum of the losses' means over the ranks; of one process its ``.grad``."""
+        ranks = self.ranks
+        if self._source is None:
+            torch.autograd.backward(losses)
+            return [p.grad for p in params]
+        live = [n for n, p in enumerate(params) if p.requires_grad]
+        inputs, weights = [params[n] for n in live], torch.full((len(losses),), ranks.scale, dtype=torch.float64)
+        row, _ = weighted_gradients(losses, weights.to(self.device), inputs, [[] for _ in losses], self._source)
+        result: list[Tensor | None] = [None] * len(params)
+        with torch.no_grad():
+            if self._compares:
+                ranks.compare_row(row, inputs)
+            for n, part in zip(live, ranks.scatter(row, inputs), strict=True):
+                result[n] = part
+            del row
+            ranks.wait()
+        return result
+
     @torch.no_grad()
-    def _check_and_clip(self, params: list[Tensor], scaler: torch.amp.GradScaler | None) -> Tensor:
+    def _check_and_clip(
+        self, grads: Sequence[Tensor | None], params: list[Tensor], scaler: torch.amp.GradScaler | None
+    ) -> Tensor:
         """Whether the gradient is not finite, in one read of it; scales it to ``max_norm``."""
-        grads = [p.grad for p in params if p.grad is not None]
-        if not grads:
+        known = [(p, g._values() if g.is_sparse else g) for p, g in zip(params, grads, strict=True) if g is not None]
+        if not known:
             raise ValueError("the losses of this group reach no parameter of the optimizer; add the model's to it.")
-        dense = [grad._values() if grad.is_sparse else grad for grad in grads]
-        square = ops.gram([dense])
-        assert isinstance(square, Tensor)
-        square = square.reshape(())
+        dense = [grad for _, grad in known]
+        square = self.ranks.gram(Problems("model", dense), [dense], [param for param, _ in known])
+        (square,) = self.ranks.sum(square.reshape(()))
         skipped = ~(square < torch.inf)
         if self.max_norm is not None:
             norm = square.sqrt()
@@ -347,6 +416,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the inner optimizer; with a weighting its parameters find their role as there."""
         (self.optimizer if self._multi is None else self._multi).add_param_group(param_group)
+        self._compares = self.ranks.size > 1
 
     # --- failing and checkpoints ------------------------------------------------------------------------------------------
 

@@ -367,7 +367,7 @@ class MultiTaskOptimizer(Decisions):
             problems = Problems(self.per or roles.group_of_shared(), shared)
             kind = self.weighting
             tracked = Tracked(kind, shared_rows, scale) if isinstance(kind, MemoryWeighting) else None
-            gram, own_gram = self._squares(problems, shared_rows, own_rows, own, scale, tracked, tasks)
+            gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale, tracked)
             values, present = self._loss_values(ordered)
             gram, own_gram, values, seed = ranks.decisive(gram, own_gram, values, self._seed(computes))
             facts = Batch(tasks, values, present, complete, seed, tracked)
@@ -442,7 +442,7 @@ class MultiTaskOptimizer(Decisions):
             self.ranks.check(params)
             self._compares = self.ranks.size > 1
         if self._compares:
-            self.ranks.require_equal(step_entries(self, tasks, ordered))
+            self.ranks.require_equal(step_entries(self, self.ranks, tasks, ordered, {"weighting": self.weighting}))
         by_reach = any(p.requires_grad for p in roles.found)
         decides = not self._one_pass
         undecided = decides and len(tasks) > 1 and bool(roles.pending())

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..distributed import Ranks
+from ..dtensor import local
 from ..flat import perturb_, restore_
-from ..gradients import Rows, Source, task_gradients
+from ..gradients import Received, Rows, Source, task_gradients
 from .losses import Losses, order_losses
 from .roles import Task
 from .statistics import RunningStatistics
@@ -52,7 +54,21 @@ class Settings(NamedTuple):
 
 
 class Passes:
-    """The passes of one step: gradients at the parameters and at perturbed ones, in the order that holds the least memory."""
+    """The passes of one step: gradients at the parameters and at perturbed ones, in the order that holds the least memory.
+
+    Every row becomes this rank's part of it as soon as it is there. A perturbation is that of the mean gradient over the ranks,
+    so that all of them differentiate at the same parameters.
+
+    Args:
+        settings: what a step perturbs by.
+        losses_fn: the losses at the current parameters.
+        tasks: K names.
+        inputs: the parameters.
+        statistics: of norms, put back after every perturbed pass.
+        scaler: scales the losses.
+        ranks: that train together.
+        received: makes a row this rank's part of it.
+    """
 
     def __init__(
         self,
@@ -62,20 +78,24 @@ class Passes:
         inputs: Inputs,
         statistics: RunningStatistics,
         scaler: torch.amp.GradScaler | None,
+        ranks: Ranks,
+        received: Received,
     ) -> None:
         self.settings, self.losses_fn, self.tasks, self.inputs = settings, losses_fn, tasks, inputs
-        self.statistics, self.scaler = statistics, scaler
+        self.statistics, self.scaler, self.ranks, self.received = statistics, scaler, ranks, received
         self._buffers: dict[int, Tensor] = {}
 
     def along_tasks(self, losses: Sequence[Tensor | None]) -> Gradients:
         """Each task perturbed along its own gradient."""
         present = [loss is not None for loss in losses]
-        rows = task_gradients(losses, [self.inputs.of_task(k) for k in range(len(self.tasks))], self.settings.gradients)
+        inputs = [self.inputs.of_task(k) for k in range(len(self.tasks))]
+        rows = task_gradients(losses, inputs, self.settings.gradients, self.received)
+        self.ranks.wait()
         count = len(self.inputs.shared) if self.settings.keeps else 0
 
         def direction(k: int) -> list[Tensor | None]:
             row, rows[k] = rows[k], rows[k][:count]
-            return row
+            return self.ranks.held(row, inputs[k])
 
         result = self._at_perturbed(present, direction)
         return result._replace(loss=[row[:count] for row in rows]) if self.settings.keeps else result
@@ -142,6 +162,7 @@ class Passes:
             for m, grad in zip(self.inputs.own_of_task[k], row[count:], strict=True):
                 own[k][m] = grad
             del row
+        self.ranks.wait()
         return Gradients(None, sam, own, torch.stack(values).double())
 
     def _gradient_at(
@@ -151,9 +172,9 @@ class Passes:
         groups, rho = [len(inputs)], [settings.rho]
         if not settings.joint:
             groups, rho = [count, len(inputs) - count], [settings.rho, settings.head_rho]
-        originals = [p.detach() for p in inputs]
+        originals = self._originals(inputs)
         try:
-            perturb_(inputs, along, rho, adaptive=settings.adaptive, groups=groups, buffers=[self._buffer(p) for p in inputs])
+            self._perturb(inputs, originals, along, rho, groups)
             del along
             _, losses = order_losses(call(self.losses_fn, self.tasks[k]), self.tasks)
             _check_present(losses, present, k)
@@ -161,16 +182,51 @@ class Passes:
             assert loss is not None
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             only = [scaled if j == k else None for j in range(len(self.tasks))]
-            row = task_gradients(only, [inputs if j == k else [] for j in range(len(self.tasks))], settings.gradients)[k]
+            of_task = [inputs if j == k else [] for j in range(len(self.tasks))]
+            row = task_gradients(only, of_task, settings.gradients, self.received)[k]
         finally:
-            restore_(inputs, originals)
+            self._restore(inputs, originals)
             self.statistics.restore()
         return loss, row
 
+    # The shards of DTensors are written where they are, since fully_shard gathers from the memory that it knows: that costs a
+    # copy of them before, and one back. Other parameters get other memory.
+
+    @torch.no_grad()
+    def _originals(self, inputs: list[Tensor]) -> list[Tensor]:
+        """What gives the parameters their values back."""
+        if not self.ranks.hides_leaves:
+            return [p.detach() for p in inputs]
+        kept = [self._buffer(p) for p in inputs]
+        torch._foreach_copy_(kept, [local(p) for p in inputs])
+        return kept
+
+    def _perturb(
+        self, inputs: list[Tensor], originals: list[Tensor], along: list[Tensor | None], rho: list[float], groups: list[int]
+    ) -> None:
+        adaptive, ranks = self.settings.adaptive, self.ranks
+        if not ranks.hides_leaves:
+            perturb_(inputs, along, rho, adaptive=adaptive, groups=groups, buffers=[self._buffer(p) for p in inputs])
+            return
+
+        def whole(squares: Tensor, keep: list[int]) -> Tensor:
+            return ranks.whole_squares(squares, [inputs[n] for n in keep])
+
+        before, after = [t.detach() for t in originals], [local(p) for p in inputs]
+        perturb_(before, along, rho, adaptive=adaptive, groups=groups, buffers=after, whole=whole)
+
+    @torch.no_grad()
+    def _restore(self, inputs: list[Tensor], originals: list[Tensor]) -> None:
+        if not self.ranks.hides_leaves:
+            restore_(inputs, originals)
+            return
+        torch._foreach_copy_([local(p) for p in inputs], originals)
+        torch.clear_autocast_cache()
+
     def _buffer(self, param: Tensor) -> Tensor:
-        """Memory for a perturbed parameter, the same for all tasks of the step."""
+        """Memory like what this rank has of a parameter, the same for all tasks of the step."""
         if id(param) not in self._buffers:
-            self._buffers[id(param)] = torch.empty_like(param, requires_grad=False)
+            self._buffers[id(param)] = torch.empty_like(local(param), requires_grad=False)
         return self._buffers[id(param)]
 
 

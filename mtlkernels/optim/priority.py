@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..distributed import check_single_process
+from ..distributed import ranks_of
+from ..dtensor import has_whole_channels, local, placed_like
 from ..gradients import (
     SOURCES,
     Rows,
@@ -20,6 +21,7 @@ from ..gradients import (
     task_gradients,
     update_buffers,
 )
+from ..granularity import Problems
 from ..nn.context import Task, index_of
 from ..nn.context import task as current_task
 from ..nn.convert import task_norms
@@ -28,9 +30,12 @@ from ..nn.norms import TaskNorm
 from ..nn.record import recorded_calls
 from ..priority import connection_strength, priority_combine
 from ..weightings import Weighting, as_weighting
+from ..weightings.seeded import SeededWeighting
+from .compare import step_entries
 from .info import PriorityInfo
 from .losses import Closures, check_loss, loaded_names, order_closures, task_names
 from .phases import Draw, Mode, Phases
+from .priority_shards import combine_shards
 from .scaler import enabled_scaler
 from .statistics import RunningStatistics
 from .undo import Snapshot, load_buffers
@@ -76,8 +81,9 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         gradients: as for :class:`MultiTaskOptimizer`.
         transactional: whether a step that raises undoes the visits before, too; holds a copy of parameters and state.
         seed: of the draws of P, on the host and the same on every rank.
-        process_group: None; distributed training is not supported in this version.
-        mesh: None, as ``process_group``.
+        process_group, mesh, check_ranks: as of :class:`MultiTaskOptimizer`. Every visit's update is that of the losses' means
+            over the ranks. Priorities are of running variances averaged over the ranks, whose buffers stay each rank's own. Of
+            DTensors ``layers`` must be given, and a rank must have whole channels of their weights.
 
     Raises:
         ValueError: an argument that does not fit; the message names it and the fix.
@@ -98,31 +104,42 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         skip_degenerate: bool = True,
         max_norm: float | None = None,
         on_nonfinite: Literal["skip", "raise"] = "skip",
-        gradients: Source = "autograd",
+        gradients: Source | None = None,
         transactional: bool = False,
         seed: int = 0,
         process_group: object = None,
         mesh: object = None,
+        check_ranks: bool = False,
     ) -> None:
         super().__init__(optimizer)
         if not isinstance(model, torch.nn.Module):
             raise ValueError(f"model is a {type(model).__name__}; pass the torch.nn.Module whose norms are task norms.")
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, ("skip", "raise")),
-            ("gradients", gradients, SOURCES),
+            ("gradients", gradients, (*SOURCES, None)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
-        check_single_process(self.params, process_group, mesh)
+        self.ranks = ranks_of(self.params, process_group, mesh, self.name_of)
+        self.ranks.check_gradients(gradients)
+        self.check_ranks, self._compares = check_ranks, self.ranks.size > 1
         self.model, self.phases = model, Phases(mode, draw, epochs, seed)
         self.skip_degenerate, self.max_norm, self.on_nonfinite = skip_degenerate, max_norm, on_nonfinite
-        self.gradients, self.transactional = gradients, transactional
+        self.gradients: Source = gradients or ("backward" if self.ranks.hides_leaves else "autograd")
+        self.transactional = transactional
         self.weighting = None if weighting is None else as_weighting(weighting).to(self.device)
         self.loss_weights = dict(loss_weights or {})
         self._layers = None if layers is None else self._held(given_layers(layers))
         self._layers_given = layers is not None
+        if self.ranks.hides_leaves and not self._layers_given:
+            if self._needs_layers:
+                raise ValueError(
+                    "layers is None, and those of DTensor parameters cannot be found from graphs that do not have them as "
+                    "leaves; pass layers={weight: the task norm after it}, of the sharded model."
+                )
+            self._layers, self._layers_given = (), True
         self._live: set[int] = set()  # what the layers were found among
         self._found: dict[Task, dict[int, Layer]] = {}
         self._tasks_given = tasks is not None
@@ -177,7 +194,10 @@ class TaskPriorityOptimizer(WrappedOptimizer):
 
     @torch.no_grad()
     def top_tasks(self) -> dict[str, Tensor]:
-        """Name of each weight in ``layers`` -> the top task of its channels now, int64 [C] of indices into ``tasks``."""
+        """Name of each weight in ``layers`` -> the top task of its channels now, int64 [C] of indices into ``tasks``.
+
+        The same on all ranks, which must call it together.
+        """
         return dict(zip(self.layers, self._tops(list(self._layers or ())), strict=True))
 
     def _tops(self, layers: Sequence[Layer]) -> list[Tensor]:
@@ -185,6 +205,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             return []
         parts = [layer.strength(cast(tuple[Task, ...], self.tasks)) for layer in layers]
         weights, scales, variances = (list(part) for part in zip(*parts, strict=True))
+        if self.ranks.size > 1:
+            variances = [total / self.ranks.size for total in self.ranks.sum(*variances)]
         return connection_strength(weights, scales, variances)[1]
 
     def _held(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -194,6 +216,11 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                 raise ValueError(
                     f"layers[{n}] has a weight of shape {tuple(layer.weight.shape)} that the optimizer does not hold; add it "
                     "to the optimizer, or leave the layer out."
+                )
+            if not has_whole_channels(layer.weight):
+                raise ValueError(
+                    f"layers[{n}] has a weight of shape {tuple(layer.weight.shape)} whose channels are split between ranks; "
+                    "shard dimension 0, as fully_shard and ColwiseParallel do, or leave the layer out."
                 )
         return layers
 
@@ -254,7 +281,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             return None
         tasks, closures = order_closures(closure, self.tasks)
         scaler = enabled_scaler(scaler, self.on_nonfinite)
-        check_single_process(self.params)
+        self.ranks.check(self.params if self._compares or self.ranks.size == 1 else ())
         if self.gradients == "autograd":
             check_hooks(self.params, self.name_of)
         self._find_again()
@@ -264,6 +291,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         try:
             info = PriorityInfo(tasks, self.phases.next())
             self.tasks = tasks
+            if self._compares:
+                self._compare(tasks, closures, info.phase)
             if info.phase == 1:
                 for k, run in enumerate(closures):
                     if run is not None:
@@ -274,6 +303,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             else:
                 with visit(0, "of all tasks", self.transactional):
                     self._visit(tasks, closures, scaler, info)
+            self._compares = self.check_ranks and self.ranks.size > 1
             return info
         except BaseException:
             self.phases.load_state_dict(drawn)
@@ -283,6 +313,12 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             if not self.completed:
                 self.tasks = names
             raise
+
+    def _compare(self, tasks: tuple[Task, ...], closures: Sequence[object], phase: int) -> None:
+        """Raises a ``RuntimeError`` where the ranks do not start the batch alike."""
+        entries = dict(step_entries(self, self.ranks, tasks, closures, {"weighting": self._state_of_weighting}))
+        entries["phase and epoch"] = None, f"{phase}, {self.phases.epoch}"
+        self.ranks.require_equal(entries)
 
     def _visit(
         self, tasks: tuple[Task, ...], closures: list[Callable[[], Tensor] | None], scaler: Any, info: PriorityInfo
@@ -300,17 +336,19 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             if info.phase == 2:
                 self._decide_layers(tasks)
             with torch.no_grad():
-                finite = self._finite_tasks(rows) if self.on_nonfinite == "raise" else None
+                losses = self._means(losses)
+                finite = self._finite_tasks(rows, params) if self.on_nonfinite == "raise" else None
                 grads = self._combined(rows, params, losses, scaler, info.phase)
                 for param in self.params:
                     param.grad = None
                 for param, grad in zip(params, grads, strict=True):
-                    param.grad = grad
+                    param.grad = None if grad is None else placed_like(grad, param)
+                del grads
                 if scaler is not None:
                     scaler.unscale_(self.optimizer)
                     scaler.update()  # before the step, which may raise
-                update = [p.grad for p in params if p.grad is not None]
-                square = cast(Tensor, ops.gram([update])).reshape(())
+                update = [None if p.grad is None else local(p.grad) for p in params]
+                square = self._square(update, params)
                 usable = square < torch.inf  # false for NaN, too
                 if finite is not None:
                     self._raise_nonfinite(tasks, torch.stack([*finite, usable]).tolist())
@@ -318,7 +356,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
                 norm = square.sqrt()
                 if self.max_norm is not None:
                     factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-                    torch._foreach_mul_(update, factor)
+                    torch._foreach_mul_([grad for grad in update if grad is not None], factor)
                 skip = None
                 if finite is None:
                     skip = ~usable
@@ -331,13 +369,17 @@ class TaskPriorityOptimizer(WrappedOptimizer):
     def _gradients(
         self, task: Task, run: Callable[[], Tensor] | None, params: list[Tensor], scaler: Any
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """A task's loss, and the gradients of its weighted and scaled loss; None where its graph does not reach."""
+        """A task's loss, and the gradients of its weighted and scaled loss; None where its graph does not reach.
+
+        They are this rank's shards of DTensors, and of other parameters the whole means over the ranks.
+        """
         if run is None:
             return None, [None] * len(params)
         with torch.enable_grad(), current_task(task), recorded_calls() as calls:
             loss = run()
             check_loss(loss, "the loss of task {!r}", task)
             weight = self.loss_weights.get(task, 1.0)
+            weight *= self.ranks.scale
             scaled = loss if weight == 1.0 else loss * weight
             if scaler is not None:
                 scaled = scaler.scale(scaled)
@@ -353,7 +395,26 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         if not any(grad is not None for grad in row):
             raise ValueError(f"the loss of task {task!r} reaches no parameter of the optimizer; compute it from the model.")
         check_dense([task], [row], params, self.name_of)
-        return loss.detach(), row
+        with torch.no_grad():
+            if self._compares:
+                self.ranks.compare_row(row, params)
+            parts = self.ranks.scatter(row, params)
+            del row
+            self.ranks.wait()
+            return loss.detach(), self.ranks.held(parts, params)
+
+    def _means(self, losses: list[Tensor | None]) -> list[Tensor | None]:
+        """The losses' means over the ranks; None for an absent one."""
+        if self.ranks.size == 1:
+            return losses
+        (total,) = self.ranks.sum(self._loss_values(losses)[0])
+        return [None if own is None else mean for own, mean in zip(losses, total / self.ranks.size, strict=True)]
+
+    def _square(self, row: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+        """Squared norm of a row, scalar."""
+        if not self.ranks.hides_leaves:  # every rank has all of it
+            return cast(Tensor, ops.gram([row])).reshape(())
+        return self.ranks.sum(self.ranks.gram(Problems("model", params), [row], params))[0].reshape(())
 
     def _combined(
         self, rows: Rows, params: list[Tensor], losses: Sequence[Tensor | None], scaler: Any, phase: int
@@ -361,41 +422,54 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         """The update of every parameter, still scaled."""
         weights = torch.ones(len(rows), dtype=torch.float64, device=self.device)
         if phase == 1:
-            return combine_own(rows, update_buffers(rows, params), weights, weighted=False)
+            return combine_own(rows, self._buffers(rows, params), weights, weighted=False)
         present = [k for k, loss in enumerate(losses) if loss is not None]
         many = [n for n in range(len(params)) if sum(rows[k][n] is not None for k in present) > 1]
         # Moved, not copied: what no other list holds may become .grad itself.
         columns = [[_taken(row, n) for n in many] for row in rows]
         shared = [params[n] for n in many]
-        buffers = update_buffers(columns, shared)
+        buffers = self._buffers(columns, shared)
         if self.weighting is not None:
-            ops.combine(columns, self._weights(self.weighting, columns, losses, scaler), out=buffers)
+            ops.combine(columns, self._weights(self.weighting, columns, shared, losses, scaler), out=buffers)
         elif many:
             layer_of = {id(layer.weight): layer for layer in self._layers or ()}
             everywhere = [all(columns[k][m] is not None for k in present) for m in range(len(many))]
             found = [layer_of.get(id(p)) if there else None for p, there in zip(shared, everywhere, strict=True)]
             tops = iter(self._tops([layer for layer in found if layer is not None]))
             top = [None if layer is None else next(tops) for layer in found]
-            priority_combine(columns, top, self.skip_degenerate, out=buffers)
-        result = combine_own(rows, update_buffers(rows, params), weights, weighted=False)
+            if self.ranks.hides_leaves:
+                combine_shards(self.ranks, columns, shared, top, self.skip_degenerate, buffers)
+            else:
+                priority_combine(columns, top, self.skip_degenerate, out=buffers)
+        result = combine_own(rows, self._buffers(rows, params), weights, weighted=False)
         for n, buffer in zip(many, buffers, strict=True):
             result[n] = buffer
         return result
 
-    def _weights(self, weighting: Weighting, rows: Rows, losses: Sequence[Tensor | None], scaler: Any) -> Tensor:
-        gram = cast(Tensor, ops.gram(rows)).to(self.device)
+    def _buffers(self, rows: Rows, params: Sequence[Tensor]) -> list[Tensor | None]:
+        return update_buffers(rows, [local(param) for param in params] if self.ranks.hides_leaves else params)
+
+    def _weights(
+        self, weighting: Weighting, rows: Rows, params: list[Tensor], losses: Sequence[Tensor | None], scaler: Any
+    ) -> Tensor:
+        gram, seed = cast(Tensor, ops.gram(rows)).to(self.device), None
+        if self.ranks.hides_leaves:
+            (gram,) = self.ranks.sum(self.ranks.gram(Problems("model", params), rows, params).to(self.device))
+        if self.ranks.size > 1 and isinstance(weighting, SeededWeighting) and getattr(weighting, "order", None) is None:
+            none = gram.new_zeros(0)
+            seed = self.ranks.decisive(none, None, none, weighting.draw_seed(self.device))[3]
         if scaler is not None:
             gram = gram / scaler.scale(torch.ones((), device=self.device)).double().square()
         values, active = self._loss_values(losses)
         finite = (gram.diagonal() < torch.inf).all()  # squared norms: false for inf and NaN
-        weights = weighting(torch.where(finite, gram, 0.0), active=active, losses=torch.where(active, values, 0.0))
+        known = torch.where(active, values, 0.0)
+        weights = weighting(torch.where(finite, gram, 0.0), active=active, losses=known, seed=seed)
         return torch.where(finite, weights, torch.nan)  # which the update shows, even where a weight was to be 0
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 
-    def _finite_tasks(self, rows: Rows) -> list[Tensor]:
-        squares = [cast(Tensor, ops.gram([row])).reshape(()) for row in rows]
-        return [square < torch.inf for square in squares]
+    def _finite_tasks(self, rows: Rows, params: Sequence[Tensor]) -> list[Tensor]:
+        return [self._square(row, params) < torch.inf for row in rows]
 
     def _raise_nonfinite(self, tasks: tuple[Task, ...], verdict: list[bool]) -> None:
         """``verdict``: whether each task's gradients are finite, and whether the update is."""
