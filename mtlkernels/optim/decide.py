@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     complete: bool
     seed: Tensor | None
     """Of a random weighting; None: it draws its own."""
-    tracked: Tracked | None
+    tracked: Tracked | None = None
     """The gradients beside the weighting's memories of them."""
 
 

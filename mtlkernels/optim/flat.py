@@ -15,10 +15,11 @@ from ..granularity import Problems
 from ..reference import Granularity
 from ..weightings import CrossWeighting, MemoryWeighting, Weighting, as_weighting
 from .accumulated import Accumulated, MicroBatch
+from .decide import Batch
 from .flat_weights import Aggregation, FlatWeightings
 from .info import StepInfo, UpdateNorm
 from .losses import Losses
-from .multitask import MultiTaskOptimizer, Nonfinite, _Batch
+from .multitask import MultiTaskOptimizer, Nonfinite
 from .perturbed import Inputs, LossesFn, Passes, Settings, call, check_function
 from .roles import Task
 from .skip import first_written
@@ -281,8 +282,9 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             values, present = self._loss_values([*losses, *perturbed])
             seeds = self.weightings.draw_seeds(self.device) if ranks.size > 1 else None
             gram, own_gram, values, seeds = ranks.decisive(gram, own_gram, values, seeds)
-            batch_of = _Batch(tasks, values[:count], present[:count], all(loss is not None for loss in losses), seeds)
-            info, applied, own_weights = self._solve_flat(batch_of, gram, own_gram, self._cut(shared_rows[-count:]), kept)
+            complete = all(loss is not None for loss in losses)
+            facts = Batch(tasks, values[:count], present[:count], complete, seeds)
+            info, applied, own_weights = self._solve_flat(facts, gram, own_gram, self._cut(shared_rows[-count:]), kept)
             info.perturbed_losses = values[count:]
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1
             if scale is not None and not accumulate:
@@ -349,7 +351,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
     # --- weights ---------------------------------------------------------------------------------------------------------
 
     def _solve_flat(
-        self, batch: _Batch, gram: Tensor, own_gram: Tensor | None, cut: float, kept: Snapshot
+        self, batch: Batch, gram: Tensor, own_gram: Tensor | None, cut: float, kept: Snapshot
     ) -> tuple[FlatInfo, Tensor, Tensor]:
         """On the device: the info, the weights to apply to the rows, [2K] or [N, 2K] (K if direct), and the heads', [K].
 
