@@ -362,7 +362,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             cut: as of :class:`FlatWeightings`.
             kept: the weightings' buffers as they go back where the update is not finite.
         """
-        tasks, values, present, complete, seeds = batch
+        tasks, values, present, complete, seeds = batch[:5]
         grams = [gram] if self.aggregation == "direct" else list(FlatGram.of_pairs(gram))
         finite = torch.ones(len(tasks), dtype=torch.bool, device=self.device)
         for gram in grams[:2]:  # squared norms: false for inf and NaN
