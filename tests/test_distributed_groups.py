@@ -10,6 +10,8 @@ from distributed_workers import RankError
 import mtlkernels as mtl
 
 STEPS = 20
+FEW = 5
+"""Steps of what needs fewer to show."""
 
 
 def make(setting: Setting, **options: Any) -> mtl.SelectiveGroupOptimizer:
@@ -18,12 +20,13 @@ def make(setting: Setting, **options: Any) -> mtl.SelectiveGroupOptimizer:
     return mtl.SelectiveGroupOptimizer(inner, **options)
 
 
-def trained(kind: str, options: dict[str, Any], fault: str = "") -> dict[str, Any]:
+def trained(kind: str, steps: int, options: dict[str, Any], fault: str = "", scales: bool = False) -> dict[str, Any]:
     setting = Setting(kind)
     optimizer = make(setting, **options)
+    scaler = torch.amp.GradScaler("cpu", 2.0**10) if scales else None
     if fault == "local losses":
         optimizer._means = lambda losses: losses
-    infos = [optimizer.step(lambda step=step: setting.losses(step)) for step in range(STEPS)]
+    infos = [optimizer.step(lambda step=step: setting.losses(step), scaler=scaler) for step in range(steps)]
     return {
         "values": setting.values(),
         "losses": [info.losses for info in infos],
@@ -43,6 +46,7 @@ OPTIONS = {
     "sum": {"loss_weights": {"b": 2.0}, "head_lr_factor": 2.0},
     "clipped": {"max_norm": 0.5, "group_norm": True},
     "pcgrad": {"weighting": "pcgrad", "max_norm": 1.0, "groups": [["a", "b"], ["c"]], "warmup": 10},
+    "loss only": {"weighting": "dwa", "max_norm": 1.0},
 }
 
 
@@ -54,6 +58,7 @@ CASES = [
     ("clipped", 4, "tp+fsdp"),
     ("pcgrad", 3, "ddp"),
     ("pcgrad", 2, "fsdp"),
+    ("loss only", 2, "tp+fsdp"),
 ]
 MORE = [(options, ranks, kind) for options in OPTIONS for ranks in (1, 2, 3, 4) for kind in KINDS]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in CASES]
@@ -61,9 +66,9 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not
 
 @pytest.mark.parametrize(("options", "ranks", "kind"), CASES + SLOW)
 def test_training_is_that_of_one_process(workers, options, ranks, kind):
-    expected = trained("single", OPTIONS[options])
+    expected = trained("single", STEPS, OPTIONS[options])
 
-    results = workers.run(ranks, trained, kind, OPTIONS[options])
+    results = workers.run(ranks, trained, kind, STEPS, OPTIONS[options])
 
     for result in results:
         assert_same(result, expected, 1e-6)
@@ -71,16 +76,46 @@ def test_training_is_that_of_one_process(workers, options, ranks, kind):
 
 
 def test_groups_change_in_what_is_compared():
-    groups = {tuple(sorted(map(tuple, map(sorted, g)))) for g in trained("single", OPTIONS["sum"])["groups"]}
+    groups = {tuple(sorted(map(tuple, map(sorted, g)))) for g in trained("single", STEPS, OPTIONS["sum"])["groups"]}
 
     assert len(groups) > 1
 
 
 def test_losses_that_are_not_averaged_are_noticed(workers):
-    results = workers.run(2, trained, "ddp", {"grouping": None}, "local losses")  # groups that differ would hang
+    results = workers.run(2, trained, "ddp", FEW, {"grouping": None}, "local losses")  # groups that differ would hang
 
     with pytest.raises(AssertionError):
         assert_same(results[0], results[1], 0.0)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_scaler_changes_nothing(workers, kind):
+    expected = trained("single", FEW, OPTIONS["clipped"])
+
+    for result in workers.run(2, trained, kind, FEW, OPTIONS["clipped"], "", True):
+        assert_same(result, expected, 1e-6)
+
+
+def left_by_failing(kind: str) -> bool:
+    """Whether a batch whose second visit raises leaves the parameters as they were."""
+    setting = Setting(kind)
+    optimizer = make(setting, transactional=True)
+    before, calls = setting.values(), []
+
+    def losses() -> dict[str, torch.Tensor]:
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyError("second visit")
+        return setting.losses(0)
+
+    with pytest.raises(KeyError, match="second visit"):
+        optimizer.step(losses)
+    return all(torch.equal(a, b) for a, b in zip(before, setting.values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp"])
+def test_a_transactional_batch_that_fails_is_undone(workers, kind):
+    assert all(workers.run(2, left_by_failing, kind))
 
 
 def with_nan_on_rank(kind: str, bad: int, options: dict[str, Any]) -> tuple[list[bool], bool]:

@@ -16,6 +16,8 @@ from mtlkernels.dtensor import gathered_channels, has_whole_channels, local, own
 from mtlkernels.weightings import PCGrad
 
 STEPS = 20
+FEW = 5
+"""Steps of what needs fewer to show."""
 KINDS = ("ddp", "fsdp", "hsdp")
 
 
@@ -84,7 +86,9 @@ def make(setting: TaskSetting, **options: Any) -> mtl.TaskPriorityOptimizer:
     return mtl.TaskPriorityOptimizer(inner, setting.module, **options)
 
 
-def trained(kind: str, options: dict[str, Any], type_of: type[TaskSetting] = TaskSetting, fault: str = "") -> dict[str, Any]:
+def trained(
+    kind: str, steps: int, options: dict[str, Any], type_of: type[TaskSetting] = TaskSetting, fault: str = ""
+) -> dict[str, Any]:
     setting = type_of(kind)
     optimizer = make(setting, **options)
     if fault == "local variances":
@@ -94,9 +98,10 @@ def trained(kind: str, options: dict[str, Any], type_of: type[TaskSetting] = Tas
         rank = torch.distributed.get_rank()
         optimizer.ranks.gram = lambda problems, *rows: gram(problems, *rows) * (rank == 0 or problems.per != "channel")
     optimizer.set_epoch(1)  # either phase is as likely
+    scaler = torch.amp.GradScaler("cpu", 2.0**10) if fault == "scaler" else None
     infos, tops = [], []
-    for step in range(STEPS):
-        infos.append(optimizer.step(setting.closures(step)))
+    for step in range(steps):
+        infos.append(optimizer.step(setting.closures(step), scaler=scaler))
         tops += [top.tolist() for top in optimizer.top_tasks().values()]
     return {
         "tops": tops,
@@ -132,19 +137,28 @@ SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not
 
 @pytest.mark.parametrize(("options", "ranks", "kind"), CASES + SLOW)
 def test_training_is_that_of_one_process(workers, options, ranks, kind):
-    expected = trained("single", OPTIONS[options])
+    expected = trained("single", STEPS, OPTIONS[options])
 
-    results = workers.run(ranks, trained, kind, OPTIONS[options])
+    results = workers.run(ranks, trained, kind, STEPS, OPTIONS[options])
 
     for result in results:
         assert_same(result, expected, 1e-6)
         assert_same(result, results[0], 0.0)
 
 
-def test_norms_before_the_layer(workers):
-    expected = trained("single", OPTIONS["priority"], BeforeSetting)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_scaler_changes_nothing(workers, kind):
+    options = {"max_norm": 0.5, "transactional": True}
+    expected = trained("single", FEW, options)
 
-    for result in workers.run(2, trained, "fsdp", OPTIONS["priority"], BeforeSetting):
+    for result in workers.run(2, trained, kind, FEW, options, TaskSetting, "scaler"):
+        assert_same(result, expected, 1e-6)
+
+
+def test_norms_before_the_layer(workers):
+    expected = trained("single", FEW, OPTIONS["priority"], BeforeSetting)
+
+    for result in workers.run(2, trained, "fsdp", FEW, OPTIONS["priority"], BeforeSetting):
         assert_same(result, expected, 1e-6)
 
 
@@ -178,7 +192,7 @@ def test_ranks_know_their_channels(workers, kind):
 
 
 def test_both_phases_and_several_priorities_are_compared():
-    result = trained("single", OPTIONS["priority"])
+    result = trained("single", STEPS, OPTIONS["priority"])
 
     assert set(result["phases"]) == {1, 2}
     assert all(len(set(top)) > 1 for top in result["tops"])
@@ -186,15 +200,15 @@ def test_both_phases_and_several_priorities_are_compared():
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp"])
 def test_priorities_are_the_same_where_running_variances_are_not(workers, kind):
-    first, second = workers.run(2, trained, kind, OPTIONS["priority"], BatchNormSetting)
+    first, second = workers.run(2, trained, kind, FEW, OPTIONS["priority"], BatchNormSetting)
 
     assert_same(first, second, 0.0)
 
 
 def test_dots_that_are_not_of_all_channels_are_noticed(workers):
-    expected = trained("single", OPTIONS["priority"])
+    expected = trained("single", FEW, OPTIONS["priority"])
 
-    for result in workers.run(2, trained, "fsdp", OPTIONS["priority"], TaskSetting, "local dots"):
+    for result in workers.run(2, trained, "fsdp", FEW, OPTIONS["priority"], TaskSetting, "local dots"):
         with pytest.raises(AssertionError):
             assert_same(result, expected, 1e-6)
 

@@ -97,8 +97,10 @@ class Sharded(Ranks):
         return [None if part is None else placed_like(part, param) for part, param in zip(parts, params, strict=True)]
 
     def whole_squares(self, squares: Tensor, params: Sequence[Tensor]) -> Tensor:
-        replicas = torch.tensor([self._replicas(param) for param in params], dtype=torch.float64)
-        return self.sum(squares / replicas.to(squares.device, non_blocking=True))[0]
+        replicas = [self._replicas(param) for param in params]
+        if len(set(replicas)) == 1:
+            return self.sum(squares / replicas[0])[0]
+        return self.sum(torch.stack(torch._foreach_div(squares.unbind(), replicas)))[0]  # no copy to the device
 
     def objects(self, value: object) -> list[Any]:
         values = [value]

@@ -381,8 +381,9 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
             torch.autograd.backward(losses)
             return [p.grad for p in params]
         live = [n for n, p in enumerate(params) if p.requires_grad]
-        inputs, weights = [params[n] for n in live], torch.full((len(losses),), ranks.scale, dtype=torch.float64)
-        row, _ = weighted_gradients(losses, weights.to(self.device), inputs, [[] for _ in losses], self._source)
+        inputs = [params[n] for n in live]
+        weights = torch.full((len(losses),), ranks.scale, dtype=torch.float64, device=self.device)
+        row, _ = weighted_gradients(losses, weights, inputs, [[] for _ in losses], self._source)
         result: list[Tensor | None] = [None] * len(params)
         with torch.no_grad():
             if self._compares:
