@@ -16,6 +16,7 @@ import torch
 RANKS = 4
 TIMEOUT = 20
 """Seconds until a collective that not all ranks take part in fails."""
+DIED = (False, "the process died")
 
 
 class RankError(AssertionError):
@@ -51,7 +52,7 @@ class Workers:
                 pipe.send_bytes(message)
             answers = self._answers(ranks, time.monotonic() + timeout)
         silent = [rank for rank, answer in enumerate(answers) if answer is None]
-        if silent:
+        if silent or any(answer == DIED for answer in answers):
             self.stop()
             self._start()
         errors = [f"rank {rank}:\n{answer[1]}" for rank, answer in enumerate(answers) if answer and not answer[0]]
@@ -69,7 +70,7 @@ class Workers:
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())
                 except EOFError:
-                    answers[rank] = False, "the process died"
+                    answers[rank] = DIED
         return answers
 
     def stop(self) -> None:

@@ -1,11 +1,8 @@
 """Training on 1 to 4 gloo ranks gives what one process gives."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from distributed_models import KINDS, trained
-from distributed_workers import Workers
 
 from mtlkernels.weightings import CAGrad, GradVac, NashMTL, PCGrad, UPGrad
 
@@ -18,16 +15,14 @@ WEIGHTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.stop()
+CASES = [(weighting, ranks) for weighting in WEIGHTINGS for ranks in (1, 2, 3, 4)]
+QUICK = {("cagrad", 1), ("cagrad", 3), ("upgrad", 2), ("nash_mtl", 4), ("pcgrad", 4), ("gradvac", 2)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize(
+    ("weighting", "ranks"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_training_is_that_of_one_process(workers, kind, ranks, weighting):
     expected = trained("single", WEIGHTINGS[weighting], 20, {})
 

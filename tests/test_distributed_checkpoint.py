@@ -1,25 +1,17 @@
 """Distributed checkpoints: saved by some ranks, loaded by others, and a run that lost a rank goes on from its last one."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from distributed_models import Setting
-from distributed_workers import RankError, Workers
+from distributed_workers import RankError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import mtlkernels as mtl
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.stop()
 
 
 def weighting() -> mtl.Weighting:
@@ -79,8 +71,6 @@ def test_a_killed_rank_costs_the_steps_since_the_last_checkpoint(workers, tmp_pa
     with pytest.raises(RankError, match="rank 1"):
         workers.run(2, trained, kind, 0, 10, str(tmp_path), 7)
     assert sorted(int(folder.name) for folder in Path(tmp_path).iterdir()) == [3, 6]
-    workers.stop()
-    workers._start()
     resumed = workers.run(2, trained, kind, 6, 10, str(tmp_path))
     for values in resumed:
         assert all(torch.equal(a, b) for a, b in zip(values, undisturbed[0], strict=True))

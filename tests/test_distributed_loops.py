@@ -1,21 +1,11 @@
 """Loss-only weightings and accumulated micro-batches on several ranks give what one process gives."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from distributed_models import Setting, losses_of, part_of_batch
-from distributed_workers import Workers
 from torch import Tensor
 
 import mtlkernels as mtl
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    workers = Workers()
-    yield workers
-    workers.stop()
 
 
 def loss_only(kind: str, name: str, steps: int) -> dict[str, list[Tensor]]:
