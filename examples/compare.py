@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +28,7 @@ import mtlkernels as mtl
 from mtlkernels._optional import MissingPackageError
 from mtlkernels.data import CANVAS, MultiDigits
 from mtlkernels.tabular import load_yeast
-from mtlkernels.weightings import REGISTRY
-from mtlkernels.weightings.loss_only import LOSS_ONLY
+from mtlkernels.weightings import CROSS, ELEMENTWISE, LOSS_ONLY, MEMORY, REGISTRY
 
 LEFT_OUT = {
     "constant": "weights that somebody has to choose",
@@ -37,7 +37,8 @@ LEFT_OUT = {
 }
 """Methods that answer another question."""
 OPTIONS: dict[str, dict[str, Any]] = {"cr_mogm": {"weighting": "cagrad"}, "stch": {"warmup": 50}}
-METHODS = ["single", "mean", *(name for name in (*REGISTRY, *LOSS_ONLY) if name not in (*LEFT_OUT, "mean"))]
+REGISTERED = (*REGISTRY, *LOSS_ONLY, *MEMORY, *CROSS, *ELEMENTWISE)
+METHODS = ["single", "mean", *(name for name in REGISTERED if name not in (*LEFT_OUT, "mean"))]
 BATCH = 128
 LEARNING_RATE = 2e-3
 PROBE = 10
@@ -136,7 +137,7 @@ class Run:
     """CPU milliseconds a step; of single-task training, of all networks together."""
 
 
-def weighting_of(method: str, net: Net, seed: int) -> mtl.Weighting:
+def weighting_of(method: str, net: Net, seed: int) -> mtl.Weighting | mtl.Elementwise:
     options = dict(OPTIONS.get(method, {}))
     if method in ("gradnorm", "emtl"):
         options["layer"] = net.trunk[2].parameters()
@@ -160,12 +161,17 @@ def train(problem: Problem, method: str, tasks: Sequence[str], steps: int, seed:
     weighting = weighting_of("mean" if method == "single" else method, net, seed)
     inner = torch.optim.Adam(net.parameters(), LEARNING_RATE)
     optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=net.trunk.parameters(), tasks=list(tasks))
+    second = islice(problem.batches(2 * steps, seed), steps, None)  # what the generator draws after the first ones
     epoch, seconds, measured = len(problem.inputs[0]) // BATCH, 0.0, []
     for step, (inputs, targets) in enumerate(problem.batches(steps, seed)):
+        other = next(second) if method in CROSS else None
         if len(tasks) > 1 and step % PROBE == 0:
             measured.append(conflicts(problem, net, inputs, targets))
         start = time.thread_time()
-        optimizer.step(lambda: problem.losses(net, inputs, targets))  # noqa: B023
+        optimizer.step(
+            lambda: problem.losses(net, inputs, targets),  # noqa: B023
+            other=None if other is None else problem.losses(net, *other),
+        )
         seconds += time.thread_time() - start
         if isinstance(weighting, mtl.DWA) and (step + 1) % epoch == 0:
             weighting.end_epoch()
@@ -220,10 +226,12 @@ def report(tables: dict[str, list[list[str]]], options: argparse.Namespace) -> s
     text = (
         f"Written by `python examples/compare.py{options.changed}`: {options.seeds} seeds of {options.steps} batches of "
         f"{BATCH} rows, Adam at {LEARNING_RATE}, mean ± standard deviation. Every seed has its own split, initial weights and "
-        "batches, the same for all methods; no method was tuned. Delta m: mean relative change of the error against single "
-        "task, lower is better. Conflicts: pairs of tasks with a negative cosine on the trunk. Step: CPU time of one thread "
-        "over that of `mean`, which takes K backward passes as every weighting of gradients does here; loss-only methods take "
-        f"one. Left out: {left_out}."
+        "batches, the same for all methods; no method was tuned. "
+        f"{' and '.join(f'`{name}`' for name in CROSS)} see a second batch in every step, and `m_config`, which is made for "
+        "plain SGD and one task a step, has all tasks and Adam as the others. Delta m: mean relative change of the error "
+        "against single task, lower is better. Conflicts: pairs of tasks with a negative cosine on the trunk. Step: CPU time "
+        "of one thread over that of `mean`, which takes K backward passes as every weighting of gradients does here; "
+        f"loss-only methods take one, those of two batches 2 K. Left out: {left_out}."
     )
     parts = ["# All methods on two problems", text]
     for title, (header, *rows) in tables.items():

@@ -7,32 +7,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from mtlkernels.weightings import REGISTRY
-from mtlkernels.weightings.loss_only import LOSS_ONLY
+from mtlkernels.weightings import CROSS, ELEMENTWISE, LOSS_ONLY, MEMORY, REGISTRY
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import compare as example  # noqa: E402
+
+METHODS = ["famo", "upgrad", "m_config", "modo", "graddrop"]
+"""One of each kind."""
 
 
 def test_quick_mode_writes_the_page(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "compare.py"), "--quick", "--data", "digits", "--output", str(tmp_path)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
-        [*command, "--methods", "famo", "upgrad"], capture_output=True, text=True, timeout=600, check=False, env=environment
+        [*command, "--methods", *METHODS], capture_output=True, text=True, timeout=600, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "compare.md").read_text()
     assert page in done.stdout
-    assert "`python examples/compare.py --quick --data digits --methods famo upgrad`" in page
-    for method in ("single task", "`mean`", "`famo`", "`upgrad`"):
+    assert "`python examples/compare.py --quick --data digits --methods famo upgrad m_config modo graddrop`" in page
+    for method in ("single task", "`mean`", *(f"`{name}`" for name in METHODS)):
         assert f"| {method} |" in page
 
 
 def test_committed_page_has_every_method():
     page = (ROOT / "docs" / "compare.md").read_text()
     assert "Written by `python examples/compare.py`:" in page
-    for method in (*REGISTRY, *LOSS_ONLY):
+    for method in (*REGISTRY, *LOSS_ONLY, *MEMORY, *CROSS, *ELEMENTWISE):
         assert f"`{method}`" in page
     assert page.count("\n## ") == len(example.PROBLEMS)
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mtlkernels as mtl
 from mtlkernels import reference
+from mtlkernels.weightings import CROSS, MEMORY
 
 OPS = torch.ops.mtlkernels
 OPCHECK_TESTS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
@@ -78,6 +79,24 @@ def test_one_graph_for_all_sizes(backend):
         grads = random_gradients(2, [(rows, width), (width,)])
         torch.testing.assert_close(compiled(grads, weights), chain(grads, weights))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", [*MEMORY, *CROSS])
+def test_weightings_of_memories_and_of_two_batches_in_a_graph(backend, name):
+    """State moves in the graph as outside it, from the call on that gives it its shape."""
+    inside, outside = mtl.get_weighting(name), mtl.get_weighting(name)
+
+    def update(grads, losses, other):
+        return mtl.aggregate(grads, inside, losses=losses, other=other)
+
+    compiled = torch.compile(update, backend="aot_eager", fullgraph=True)
+    for seed in range(4):
+        grads = random_gradients(3, [(5, 4), (7,)], seed=seed)
+        losses = torch.arange(1, 4, dtype=torch.float64) + seed
+        other = random_gradients(3, [(5, 4), (7,)], seed=seed + 10) if name in CROSS else None
+        actual, expected = compiled(grads, losses, other), mtl.aggregate(grads, outside, losses=losses, other=other)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(inside.state_dict(), outside.state_dict(), rtol=1e-6, atol=1e-6)
 
 
 def test_none_rows_in_a_graph(backend):

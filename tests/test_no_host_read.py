@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtlkernels as mtl
 from mtlkernels._library import NAMESPACE, REFERENCES
-from mtlkernels.weightings import REGISTRY
+from mtlkernels.weightings import CROSS, MEMORY, REGISTRY
 
 DEVICE = "cuda" if torch.version.cuda else "meta"
 
@@ -75,8 +75,13 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
-def step(weighting: Any, fused: bool = True, micro_batches: int = 1, **options: Any) -> mtl.optim.StepInfo:
-    """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up."""
+def step(
+    weighting: Any, fused: bool = True, micro_batches: int = 1, absent: str = "", other: bool = False, **options: Any
+) -> mtl.optim.StepInfo:
+    """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up.
+
+    ``absent``: the tasks without a loss; ``other``: whether the step takes a second batch.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
         # It refuses meta tensors, which the fused step itself takes.
@@ -92,7 +97,9 @@ def step(weighting: Any, fused: bool = True, micro_batches: int = 1, **options: 
         for _ in range(options.get("update_every", 1)):
             for _ in range(micro_batches - 1):
                 optimizer.accumulate({task: empty().requires_grad_() for task in heads})
-            info = optimizer.step({task: empty().requires_grad_() for task in heads})
+            losses = {task: empty().requires_grad_() for task in heads if task not in absent}
+            second = {task: empty().requires_grad_() for task in losses} if other else None
+            info = optimizer.step(losses, other=second)
         return info
 
 
@@ -125,6 +132,38 @@ def test_every_weighting_and_micro_batches(recorder, name, micro_batches):
     recorder.reads.clear()  # its state has moved to the device, once
     step(weighting, micro_batches=micro_batches)
     assert recorder.reads == []
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"on_nonfinite": "drop_task"}, {"absent": "bc"}], ids=str)
+@pytest.mark.parametrize("name", [*MEMORY, *CROSS])
+def test_weightings_of_memories_and_of_two_batches(recorder, name, options):
+    weighting = mtl.get_weighting(name).to(DEVICE)
+    recorder.reads.clear()  # its state has moved to the device, once
+    info = step(weighting, other=name in CROSS, tasks=tuple("abc"), **options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert name in CROSS or "mtlkernels.memory_combine_.default" in recorder.calls
+
+
+@pytest.mark.parametrize("name", [*MEMORY, *CROSS])
+def test_aggregate_with_memories_and_two_batches(recorder, name):
+    weighting = mtl.get_weighting(name).to(DEVICE)
+    recorder.reads.clear()
+    grads, other = ([[empty(8, 5), empty(8, dtype=torch.bfloat16)] for _ in range(3)] for _ in range(2))
+    for _ in range(2):
+        mtl.aggregate(grads, weighting, losses=empty(3), other=other if name in CROSS else None)
+    assert recorder.reads == []
+
+
+def test_a_read_planted_in_a_weighting_with_a_memory_is_recorded(recorder):
+    class Reads(mtl.MomentumConFIG):
+        def combine(self, update, *others):
+            assert update.weights.isfinite().all()
+            return super().combine(update, *others)
+
+    with contextlib.suppress(*REFUSALS):
+        mtl.aggregate([[empty(3)], [empty(3)]], Reads().to(DEVICE))
+    assert len(recorder.reads) >= 1
 
 
 def test_raise_reads_once(recorder):

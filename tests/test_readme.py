@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import mtlkernels as mtl
-from mtlkernels.weightings import ELEMENTWISE, REGISTRY
+from mtlkernels.weightings import CROSS, ELEMENTWISE, LOSS_ONLY, MEMORY, REGISTRY
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -42,9 +42,11 @@ def test_ops_are_there() -> None:
 
 
 def test_weightings_are_those_of_the_registry() -> None:
-    table = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", section("Weightings"), re.MULTILINE)
+    rows = re.findall(r"^\| (`.+?`) \| (`.+?`) \|", section("Weightings"), re.MULTILINE)
+    names, classes = (re.findall(r"\w+", " ".join(cells)) for cells in zip(*rows, strict=True))
 
-    assert {name: getattr(mtl, class_name) for name, class_name in table} == REGISTRY | ELEMENTWISE
+    registered = {**REGISTRY, **LOSS_ONLY, **MEMORY, **CROSS, **ELEMENTWISE}
+    assert {name: getattr(mtl, own) for name, own in zip(names, classes, strict=True)} == registered
 
 
 def test_files_and_commands_are_there() -> None:

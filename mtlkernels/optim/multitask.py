@@ -378,16 +378,15 @@ class MultiTaskOptimizer(Decisions):
                 info, applied, own_weights = solve(facts, gram, own_gram, kept)
                 if self._compares:
                     ranks.require_equal({"weights": (None, str(info.weights.tolist()))})
-                applied = applied if factor is None else applied / factor
                 buffers = ranks.buffers(shared_rows, shared)
                 if tracked is None:
-                    problems.combine(shared_rows, ranks.scaled(applied), buffers)
+                    problems.combine(shared_rows, ranks.scaled(applied if factor is None else applied / factor), buffers)
             own_weights = own_weights if factor is None else own_weights / factor
             shows_nan = first_written(shared, buffers)
             own_buffers = ranks.buffers(own_rows, own)
             own_buffers = combine_own(own_rows, own_buffers, ranks.scaled(own_weights), weighted or shows_nan is None)
             if tracked is not None:
-                tracked.combine(applied, ~info.skipped, buffers)
+                tracked.combine(applied, ~info.skipped, buffers, scaled=accumulate)
                 kept.forget_buffers()  # which belong to the memories as they are now
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
             every = [*shared, *own]

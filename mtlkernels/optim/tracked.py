@@ -38,7 +38,11 @@ class Tracked:
         self.update = self.weighting.update(gram, active=active, losses=losses, excess=excess)
         return self.update.weights, self.weighting.row_weights(self.update)
 
-    def combine(self, weights: Tensor, usable: Tensor, buffers: Sequence[Tensor | None]) -> None:
-        """Moves the memories where the bool scalar ``usable`` is true, and writes the update with these weights."""
+    def combine(self, weights: Tensor, usable: Tensor, buffers: Sequence[Tensor | None], scaled: bool) -> None:
+        """Moves the memories where the bool scalar ``usable`` is true, and writes the update with these weights.
+
+        ``scaled``: multiplied by the scaler's factor, as the gradients are.
+        """
         keep, scale, _ = self.update.unless(usable)
-        self.weighting.combine(MemoryUpdate(keep, scale, weights), self.rows, self.memory, buffers, self.scale)
+        update = MemoryUpdate(keep, scale, weights)
+        self.weighting.combine(update, self.rows, self.memory, buffers, self.scale, self.scale if scaled else None)

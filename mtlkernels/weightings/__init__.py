@@ -36,7 +36,7 @@ from .loss_only import (
     UncertaintyWeighting,
 )
 from .mean import Mean
-from .memory import DBMTL, MEMORY, ExcessMTL, MemoryWeighting, MoCo
+from .memory import DBMTL, MEMORY, ExcessMTL, MemoryWeighting, MoCo, MomentumConFIG
 from .mgda import MGDA
 from .nash_mtl import NashMTL
 from .ngdiff import NGDiff
@@ -165,6 +165,7 @@ __all__ = [
     "MemoryWeighting",
     "MoCo",
     "MoDo",
+    "MomentumConFIG",
     "NGDiff",
     "NashMTL",
     "PCGrad",

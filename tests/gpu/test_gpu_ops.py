@@ -16,12 +16,16 @@ from helpers import (
     drop,
     random_gradients,
 )
+from test_cross_optimizer import OPTIONS as CROSS_OPTIONS
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from test_graddrop import SEED, leaks
+from test_memory_ops import assert_moved, expected_update, factors_of, memories
 from torch import Tensor
 
 import mtlkernels as mtl
 from mtlkernels.elementwise import graddrop
+from mtlkernels.memory import memory_combine_
+from mtlkernels.weightings import CROSS, MEMORY
 
 Rows = Sequence[Sequence[Tensor | None]]
 NUM_TASKS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 40, 64]
@@ -129,6 +133,31 @@ def test_perturb(kernels, device, dtype, adaptive):
     assert_perturbed(home(moved), params, expected, dtype)
     mtl.restore_(moved, originals)
     assert all(torch.equal(m.cpu(), p) for m, p in zip(moved, params, strict=True))
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_memory_combine(kernels, device, num_tasks, dtype, squares):
+    grads, factors = random_gradients(num_tasks, SHAPES, dtype), factors_of(num_tasks)
+    memory = memories(grads)
+    expected = expected_update(memory, grads, factors, squares)
+    moved, out = onto(device, memory), [torch.full_like(t, math.nan, device=device) for t in grads[0]]
+    memory_combine_(out, moved, onto(device, grads), factors.to(device), squares)
+    assert_moved(home(out), [home(row) for row in moved], expected, [dtype] * len(SHAPES))
+
+
+@pytest.mark.parametrize("name", [*MEMORY, *CROSS])
+def test_weightings_of_memories_and_of_two_batches_are_those_of_the_cpu(kernels, device, name):
+    here, there = (mtl.get_weighting(name, **CROSS_OPTIONS.get(name, {})) for _ in range(2))
+    losses = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    for seed in range(4):
+        grads = random_gradients(3, SHAPES, torch.float64, seed)
+        other = random_gradients(3, SHAPES, torch.float64, seed + 10) if name in CROSS else None
+        expected = mtl.aggregate(grads, here, losses=losses, other=other)
+        moved = None if other is None else onto(device, other)
+        actual = mtl.aggregate(onto(device, grads), there, losses=losses.to(device), other=moved)
+        torch.testing.assert_close(home(actual), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_project_removes_every_conflict_with_one_direction(kernels, device):
@@ -264,7 +293,9 @@ def test_a_captured_aggregate_follows_the_gradients(gpu, weighting):
     assert all(torch.equal(a, b) for a, b in zip(captured, call(), strict=True))
 
 
-@pytest.mark.parametrize("weighting", ["pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "upgrad", "config", "pcd"])
+@pytest.mark.parametrize(
+    "weighting", ["pcgrad", "gradvac", "mgda", "cagrad", "nash_mtl", "upgrad", "config", "pcd", *MEMORY, *CROSS]
+)
 def test_a_step_reads_nothing_on_the_host(gpu, weighting):
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(64, 64), "a": torch.nn.Linear(64, 1), "b": torch.nn.Linear(64, 1)}).to(
@@ -273,9 +304,12 @@ def test_a_step_reads_nothing_on_the_host(gpu, weighting):
     inner = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=model["body"].parameters())
 
-    def step() -> None:
+    def losses() -> dict[str, Tensor]:
         hidden = model["body"](torch.ones(8, 64, device=gpu)).tanh()
-        optimizer.step({"a": model["a"](hidden).square().mean(), "b": (model["b"](hidden) - 1).square().mean()})
+        return {"a": model["a"](hidden).square().mean(), "b": (model["b"](hidden) - 1).square().mean()}
+
+    def step() -> None:
+        optimizer.step(losses(), other=losses() if weighting in CROSS else None)
 
     step()  # state is made on first use
     torch.cuda.synchronize()

@@ -49,12 +49,16 @@ class MemoryWeighting(StatefulWeighting):
     of which no task has a gradient in a call has no part in it; where some do, None counts as zero. 16-bit gradients are
     copied to float32 for the Gram.
 
-    Subclasses implement :meth:`decide`.
+    Subclasses implement :meth:`decide`, and extend :meth:`combine` where something follows the combination.
     """
 
     squares: bool = False
     """Whether memories are of squares, y_k <- keep_k y_k + scale_k g_k^2, and the update of the gradients, sum_k w_k g_k."""
     reads_losses: bool = False
+    weighs_absent: bool = False
+    """Whether a task that is not active has a part in the update, through its memory."""
+    more_rows: int = 0
+    """Rows that a subclass keeps beside those of the K tasks, the last ones of each saved memory [K + more_rows, ...]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,12 +118,15 @@ class MemoryWeighting(StatefulWeighting):
         columns: list[Sequence[Tensor | None]] = []
         for n, column in enumerate(zip(*rows, strict=True)):
             model = like(column)
-            columns.append([None] * len(rows) if model is None else self._memory_of_tensor(n, model, len(rows)).unbind(0))
+            if model is None:
+                columns.append([None] * len(rows))
+            else:
+                columns.append(self._memory_of_tensor(n, model, len(rows) + self.more_rows).unbind(0)[: len(rows)])
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
 
-    def _memory_of_tensor(self, n: int, model: Tensor, num_tasks: int) -> Tensor:
+    def _memory_of_tensor(self, n: int, model: Tensor, num_rows: int) -> Tensor:
         self._memory += [None] * (n + 1 - len(self._memory))
-        memory, shape, dtype = self._memory[n], (num_tasks, *model.shape), memory_dtype(model.dtype)
+        memory, shape, dtype = self._memory[n], (num_rows, *model.shape), memory_dtype(model.dtype)
         if memory is None:
             strides = torch.empty_like(model, device="meta").stride()
             memory = torch.empty_strided(shape, (model.numel(), *strides), dtype=dtype, device=model.device).zero_()
@@ -133,10 +140,7 @@ class MemoryWeighting(StatefulWeighting):
 
     def gram(self, rows: Rows, memory: Rows) -> Tensor:
         """float64 [2K, 2K] of the rows [g; y]; with ``squares`` [K, K] of the gradients."""
-        if self.squares:
-            return cast(Tensor, ops.gram(rows))
-        wide = [[None if t is None else t.to(memory_dtype(t.dtype)) for t in row] for row in rows]
-        return cast(Tensor, ops.gram([*wide, *memory]))
+        return cast(Tensor, ops.gram(rows if self.squares else [*widened(rows), *memory]))
 
     @torch.no_grad()
     def update(
@@ -171,7 +175,7 @@ class MemoryWeighting(StatefulWeighting):
             usable = usable & (excess.isfinite() | ~mask).all()
         counted = mask & usable
         keep, scale, weights = self.decide(torch.where(usable, gram, 0.0), counted, losses, excess)
-        weights = torch.where(mask, weights, 0.0)
+        weights = weights if self.weighs_absent else torch.where(mask, weights, 0.0)
         return MemoryUpdate(torch.where(counted, keep, 1.0), torch.where(counted, scale, 0.0), weights).unless(usable)
 
     def row_weights(self, update: MemoryUpdate) -> Tensor:
@@ -186,20 +190,24 @@ class MemoryWeighting(StatefulWeighting):
         memory: Rows,
         out: Sequence[Tensor | None] | None = None,
         loss_scale: Tensor | None = None,
+        result_scale: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Moves the memories and returns the update, N tensors, None where every task is None.
 
         Args:
             update: from :meth:`update`.
-            rows: K lists of N gradients, multiplied by ``loss_scale``; so will be the result.
+            rows: K lists of N gradients, multiplied by ``loss_scale``.
             memory: from :meth:`memory_of`, of gradients that are not multiplied.
             out: N buffers; a buffer may be one of its own tensor's gradients.
             loss_scale: scalar; None: 1.
+            result_scale: scalar that the result is multiplied by; None: 1.
         """
         keep, scale, weights = update
         if loss_scale is not None:
             scale = scale / (loss_scale.square() if self.squares else loss_scale)
-            weights = weights if self.squares else weights * loss_scale
+            weights = weights / loss_scale if self.squares else weights
+        if result_scale is not None:
+            weights = weights * result_scale
         models = [like(column) for column in zip(*rows, strict=True)]
         used = {n: model for n, model in enumerate(models) if model is not None}
         buffers = [torch.empty_like(model) if out is None else cast(Tensor, out[n]) for n, model in used.items()]
@@ -238,6 +246,11 @@ class MemoryWeighting(StatefulWeighting):
             self._memory += [None] * (n + 1 - len(self._memory))
             self._memory[n] = memory.clone()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def widened(rows: Rows) -> list[list[Tensor | None]]:
+    """The gradients in the dtype of their memories: copies of 16-bit ones."""
+    return [[None if t is None else t.to(memory_dtype(t.dtype)) for t in row] for row in rows]
 
 
 def gram_after(gram: Tensor, keep: Tensor, scale: Tensor) -> Tensor:

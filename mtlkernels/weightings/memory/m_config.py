@@ -1,0 +1,114 @@
+"""ConFIG of momenta, which takes one task a step."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..config import ConFIG
+from ..spectral import RANK_EPSILON
+from .base import MemoryUpdate, MemoryWeighting, Rows, gram_after, widened
+
+EPSILON = 1e-8
+
+
+class MomentumConFIG(MemoryWeighting):
+    """M-ConFIG (Liu et al. 2024, the authors' PseudoMomentumOperator): ConFIG of the tasks' momenta, over the root of its own second moment.
+
+    m_i <- beta1 m_i + (1 - beta1) g_i of active tasks; c is the :class:`ConFIG` of all m_i / (1 - beta1^t_i), t_i the steps of
+    task i, active or not. With F = c (1 - beta1^t) and t the calls since every task has been seen, the gradient that would have
+    made this a momentum is h = (F - beta1 f) / (1 - beta1), f the last F; s <- beta2 s + (1 - beta2) h^2, and the update is
+    c / (sqrt(s / (1 - beta2^t)) + 1e-8). While a task has not been seen, the update is 0, and momenta are kept.
+
+    When to use: a step costs one backward pass if it has one task alone, round robin: ``step({task: loss})`` with ``tasks``,
+    ``shared`` and ``heads`` given to ``MultiTaskOptimizer``. Use plain SGD with Adam's learning rate after it; heads get the
+    gradient of their loss as it is, so that a head takes a parameter group with a rate of its own. In ``MultiTaskOptimizer``
+    ``info.weights`` are of the m_i, ``info.norm`` is that of c with the heads' gradients, and ``max_norm`` clips it, before the
+    second moment. A tensor that the tasks of a call do not touch has no update in it.
+
+    The states are ``steps`` [K] and ``calls``, and in each ``memory.n`` [K + 2, ...] the momenta, s and f.
+
+    Args:
+        beta1, beta2: decay of first and second moments, from 0 to below 1; the authors' 0.9 and 0.999.
+        preference, epsilon: as in :class:`ConFIG`.
+
+    Raises:
+        ValueError: an option out of its range, or ``preference`` of another number of tasks.
+    """
+
+    weighs_absent = True
+    more_rows = 2
+    steps: Tensor
+    calls: Tensor
+
+    def __init__(
+        self,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+        preference: Sequence[float] | Tensor | None = None,
+        *,
+        epsilon: float = RANK_EPSILON,
+    ) -> None:
+        super().__init__()
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; pass a number from 0 to below 1.")
+        self.beta1, self.beta2 = float(beta1), float(beta2)
+        self.config = ConFIG(preference, epsilon=epsilon)
+        self.add_state("steps", 0.0)
+        self.add_state("calls", 0.0)
+
+    def decide(self, gram: Tensor, mask: Tensor, losses: Tensor | None, excess: Tensor | None) -> MemoryUpdate:
+        steps = self.read_state("steps", mask.shape, gram.device) + mask
+        scale = (1 - self.beta1) * mask.double()
+        keep = 1 - scale
+        seen = steps > 0
+        correction = torch.where(seen, 1 / (1 - self.beta1 ** steps.clamp(min=1)), 0.0)
+        moments = correction.unsqueeze(-1) * gram_after(gram, keep, scale) * correction
+        weights = correction * self.config.weights(moments, None, None, None)
+        self.write_state("steps", steps)
+        self.write_state("calls", self.calls.to(gram.device) + (mask.any() & seen.all()))
+        return MemoryUpdate(keep, scale, torch.where(seen.all(), weights, 0.0))
+
+    def combine(
+        self,
+        update: MemoryUpdate,
+        rows: Rows,
+        memory: Rows,
+        out: Sequence[Tensor | None] | None = None,
+        loss_scale: Tensor | None = None,
+        result_scale: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """As there, and the second moment of what is combined. One row each, in the dtype of the memories."""
+        combined = super().combine(update, widened(rows), memory, None, loss_scale)
+        used = [n for n, c in enumerate(combined) if c is not None]
+        result: list[Tensor | None] = [None] * len(combined)
+        if not used:
+            return result
+        c = [cast(Tensor, combined[n]) for n in used]
+        second, first = ([cast(Tensor, self._memory[n])[row] for n in used] for row in (-2, -1))
+        moves = (update.scale != 0).any() & update.weights.isfinite().all()
+        calls = self.calls.to(moves.device).clamp(min=1)  # 0 while c, s and f are 0
+        now = [t.clone() for t in c]
+        torch._foreach_mul_(now, 1 - self.beta1**calls)  # in place, so that a scalar stays float32
+        squares = torch._foreach_sub(now, first, alpha=self.beta1)
+        torch._foreach_div_(squares, 1 - self.beta1)
+        torch._foreach_mul_(squares, squares)
+        for s, f, square, moment in zip(second, first, squares, now, strict=True):
+            s.copy_(torch.where(moves, s.lerp(square, 1 - self.beta2), s))
+            f.copy_(torch.where(moves, moment, f))
+        roots = [s.clone() for s in second]
+        torch._foreach_div_(roots, 1 - self.beta2**calls)
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, EPSILON)
+        torch._foreach_div_(c, roots)
+        if result_scale is not None:
+            torch._foreach_mul_(c, result_scale)
+        for n, value in zip(used, c, strict=True):
+            grad = next(row[n] for row in rows if row[n] is not None)
+            result[n] = value.to(cast(Tensor, grad).dtype) if out is None else cast(Tensor, out[n]).copy_(value)
+        return result
+
+    def extra_repr(self) -> str:
+        return f"beta1={self.beta1}, beta2={self.beta2}"
