@@ -4,9 +4,10 @@ import numpy as np
 import ptxsim
 import pytest
 import torch
+from binding_faults import faulty_library
 from device import FLOAT32, address, compile_kernels, requires_nvcc, testing_module
 from helpers import DTYPES, LAYOUTS, assert_unchanged, drop, random_gradients, snapshot
-from simulated import Library, SimulatedCuda, library, simulated_cuda
+from simulated import SimulatedCuda, simulated_cuda
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 
 import mtlkernels as mtl
@@ -180,30 +181,15 @@ def test_kernels_alone(num_rows, size):
 
 # --- faults -------------------------------------------------------------------------------------------------------------------
 
-BINDING = "bindings/perturb_cuda.cpp"
-FAULTS = [
-    (BINDING, r"values \+ n", 'values + (fault("radius of the first") ? 0 : n)'),
-    (BINDING, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);'),
-    (BINDING, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});'),
-    ("bindings/gram_cuda.cpp", r"grads\.form == PairForm::none", 'grads.form == PairForm::none || fault("as they are")'),
-    ("bindings/gram_cuda.cpp", r"in_pairs\(grads, other", 'in_pairs(fault("wrong way round") ? other : grads, other'),
-]
-
-
-@pytest.fixture(scope="module")
-def faulty() -> Library:
-    library()
-    return Library("PrivateUse3", FAULTS)
-
 
 @pytest.mark.parametrize(
     "fault", ["radius of the first", "device guard", "last element", "as they are", "wrong way round", "none"]
 )
-def test_a_planted_fault_is_caught(faulty, monkeypatch, fault):
+def test_a_planted_fault_is_caught(monkeypatch, fault):
     monkeypatch.setenv("PLANTED_FAULT", fault)
 
     def check() -> None:
-        with simulated_cuda(faulty) as device:
+        with simulated_cuda(faulty_library()) as device:
             test_perturb(device, torch.float32, True)
             grads = random_gradients(2, [(40,)])
             assert_pairs(paired(grads, sam_gradients(grads)), grads, sam_gradients(grads))

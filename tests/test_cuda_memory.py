@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from binding_faults import faulty_library
 from device import requires_nvcc
 from helpers import DTYPES, LAYOUTS, random_gradients
-from simulated import Library, library, simulated_cuda
+from simulated import simulated_cuda
 from test_memory_ops import FACTORS, SHAPES, assert_moved, check, expected_update, factors_of, memories
 
 from mtlkernels.memory import memory_combine_
@@ -102,26 +103,12 @@ def test_any_schedule_gives_the_same_bits():
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
-BINDING = "bindings/memory_cuda.cpp"
-FAULTS = [
-    (BINDING, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);'),
-    (BINDING, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});'),
-    (BINDING, r"copy_\(memory, ", 'copy_(fault("memory aside stays") ? memory = torch::stable::empty_like(memory) : memory, '),
-]
-
-
-@pytest.fixture(scope="module")
-def faulty() -> Library:
-    library()
-    return Library("PrivateUse3", FAULTS)
-
-
 @pytest.mark.parametrize("fault", ["device guard", "last element", "memory aside stays", "none"])
-def test_a_planted_fault_is_caught(faulty, monkeypatch, fault):
+def test_a_planted_fault_is_caught(monkeypatch, fault):
     monkeypatch.setenv("PLANTED_FAULT", fault)
 
     def run() -> None:
-        with simulated_cuda(faulty) as device:
+        with simulated_cuda(faulty_library()) as device:
             test_layouts(device, "step_last")
 
     if fault == "none":

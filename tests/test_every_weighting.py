@@ -261,7 +261,7 @@ class Shared(nn.Module):
         return [(head(z) - k).square().mean() for k, head in enumerate(self.heads)]
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if not method.loss_only])
 def test_trains_with_held_weights(name):
     model = Shared()
     inner = torch.optim.SGD(model.parameters(), 0.01)

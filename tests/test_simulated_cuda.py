@@ -212,6 +212,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "paired_gram",  # test_cuda_flat.py
         "perturb_",
         "memory_combine_",  # test_cuda_memory.py
+        "graddrop",  # test_graddrop.py and test_cuda_graddrop.py
+        "graddrop_",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -240,6 +242,7 @@ def test_every_kernel_is_launched_by_an_op():
                     mtl.flat_gram(grads, grads)
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
                 move(grads)
+                mtl.aggregate(grads, "graddrop")
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)

@@ -14,7 +14,7 @@ EPSILON = 1e-8
 
 
 class MomentumConFIG(MemoryWeighting):
-    """M-ConFIG (Liu et al. 2024, the authors' PseudoMomentumOperator): ConFIG of the tasks' momenta, over the root of its own second moment.
+    """M-ConFIG (Liu et al. 2024, the authors' PseudoMomentumOperator): ConFIG of momenta, over the root of its second moment.
 
     m_i <- beta1 m_i + (1 - beta1) g_i of active tasks; c is the :class:`ConFIG` of all m_i / (1 - beta1^t_i), t_i the steps of
     task i, active or not. With F = c (1 - beta1^t) and t the calls since every task has been seen, the gradient that would have
