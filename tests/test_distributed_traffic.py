@@ -10,6 +10,8 @@ import pytest
 import torch
 from distributed_models import TASKS, Model, Setting, trained
 from distributed_traffic import Traffic
+from test_distributed_priority import TaskSetting
+from test_distributed_priority import make as make_priority
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -91,6 +93,54 @@ def beyond_backward(kind: str, num_tasks: int) -> Counter[tuple[str, int]]:
 def test_shards_move_nothing_but_what_decides(workers, kind, num_tasks, ranks):
     for calls in workers.run(ranks, beyond_backward, kind, num_tasks):
         assert calls == {("allreduce_", decisive_bytes(num_tasks)): 1}
+
+
+def traffic_of(way: str) -> float:
+    """Of the second step: bytes sent."""
+    setting = Setting("ddp")
+    options = {"update_every": 2} if way == "between" else {}
+    optimizer = setting.optimizer("uncertainty" if way == "loss-only" else "cagrad", **options)
+    optimizer.step(setting.losses(0))
+    with Traffic() as counted:
+        if way == "accumulated":
+            optimizer.accumulate(setting.losses(1))
+            optimizer.accumulate(setting.losses(2))
+        optimizer.step(setting.losses(3))
+    return counted.sent(torch.distributed.get_world_size())
+
+
+@pytest.mark.parametrize("way", ["loss-only", "between", "accumulated"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_plain_parameters_move_less_where_fewer_rows_are_there(workers, way, ranks):
+    module, k = Model(), len(TASKS)
+    shared = padded_bytes(module.shared(), ranks)
+    heads = padded_bytes([param for params in module.own().values() for param in params], ranks)
+    expected = {
+        "loss-only": 2 * (shared + heads) + 2 * DOUBLE * (k * k + k + 1),  # the last is the update's squared norm
+        "between": 2 * (shared + heads) + 2 * DOUBLE * (1 + k * k + k),
+        "accumulated": (k + 1) * shared + 2 * heads + 2 * decisive_bytes(k),
+    }
+
+    for sent in workers.run(ranks, traffic_of, way):
+        assert sent == expected[way] * (ranks - 1) / ranks
+
+
+def traffic_of_priority() -> tuple[int, int]:
+    """Bytes of whole rows that are scattered and gathered in the second phase, and what the parameters make of them."""
+    setting = TaskSetting("ddp")
+    optimizer, ranks = make_priority(setting, mode="phase2"), torch.distributed.get_world_size()
+    optimizer.step(setting.closures(0))
+    with Traffic() as counted:
+        optimizer.step(setting.closures(1))
+    of_all = [p for layer in (setting.module.first, setting.module.second) for p in layer.parameters()]
+    others = [p for p in setting.module.parameters() if all(p is not q for q in of_all)]
+    moved = sum(count * nbytes for (name, nbytes), count in counted.calls.items() if name != "allreduce_")
+    return moved, 2 * len(TASKS) * padded_bytes(of_all, ranks) + 2 * padded_bytes(others, ranks)
+
+
+def test_task_priority_moves_whole_rows(workers):
+    for moved, expected in workers.run(2, traffic_of_priority):
+        assert moved == expected
 
 
 # --- DistributedDataParallel ---------------------------------------------------------------------------------------------
