@@ -20,7 +20,7 @@ def require_equal(ranks: Sequence[Entries]) -> None:
     """Raises a ``RuntimeError`` that says what differs, and on which ranks: those that are not with most of their place."""
     differing = []
     for what in dict.fromkeys(what for entries in ranks for what in entries):
-        values = [entries.get(what, (None, None)) for entries in ranks]
+        values = [entries.get(what, (None, "missing")) for entries in ranks]
         wrong = {rank for rank, entries in enumerate(ranks) if what not in entries}
         if not wrong:
             wrong = {rank for place in _unique(place for place, _ in values) for rank in _minority(values, place)}

@@ -243,10 +243,10 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
         try:
             with torch.enable_grad():
                 tasks, ordered = order_losses(losses_fn(), self.tasks)
-                if self.tasks is None:
-                    self._fix_tasks(tasks)
                 if self._compares:
                     self._compare(tasks, ordered)
+                if self.tasks is None:
+                    self._fix_tasks(tasks)
                 present = _present(ordered)
                 reads = self._regroup()
                 assert self.affinity is not None
@@ -280,11 +280,11 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
 
     def _compare(self, tasks: tuple[Task, ...], losses: Sequence[Tensor | None]) -> None:
         """Raises a ``RuntimeError`` where the ranks do not start the batch alike."""
-        assert self.affinity is not None
         self.ranks.check(self.params)
-        entries = dict(step_entries(self, self.ranks, tasks, losses, {"affinity": self.affinity}))
+        modules = {} if self.affinity is None else {"affinity": self.affinity}
+        entries = dict(step_entries(self, self.ranks, tasks, losses, modules))
         entries["batches before, and the seed"] = None, f"{self.batches}, {self.seed}"
-        entries["groups"] = None, str(self.groups)
+        entries["groups"] = None, str(self._first_groups if self.tasks is None else self.groups)
         self.ranks.require_equal(entries)
 
     @torch.no_grad()

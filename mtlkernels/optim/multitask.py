@@ -433,7 +433,6 @@ class MultiTaskOptimizer(Decisions):
             The task names, the losses in their order, what to differentiate, and the scaler's factor where there is one.
         """
         tasks, ordered = order_losses(losses, self.tasks)
-        self._check_heads(tasks)
         params = self.params
         self.ranks.check()
         roles = self._roles.refreshed(params)  # the inner optimizer's groups may have changed
@@ -442,6 +441,7 @@ class MultiTaskOptimizer(Decisions):
             self._compares = self.ranks.size > 1
         if self._compares:
             self.ranks.require_equal(step_entries(self, self.ranks, tasks, ordered, {"weighting": self.weighting}))
+        self._check_heads(tasks)  # where ranks have other tasks, every rank has been told
         by_reach = any(p.requires_grad for p in roles.found)
         decides = not self._one_pass
         undecided = decides and len(tasks) > 1 and bool(roles.pending())
