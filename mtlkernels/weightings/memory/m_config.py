@@ -19,10 +19,10 @@ class MomentumConFIG(MemoryWeighting):
     """M-ConFIG (Liu et al. 2024): ConFIG of the tasks' momenta, over the root of its own second moment.
 
     The authors' ``PseudoMomentumOperator``: m_i <- beta1 m_i + (1 - beta1) g_i of active tasks; c is the :class:`ConFIG` of all
-    m_i / (1 - beta1^t_i), active or not, t_i the steps of task i. With F = c (1 - beta1^t) and t the calls since every task has
-    been seen, the gradient that would have made this a momentum is h = (F - beta1 f) / (1 - beta1), f the last F; s <- beta2 s +
-    (1 - beta2) h^2, and the update is c / (sqrt(s / (1 - beta2^t)) + 1e-8). While a task has not been seen, the update is 0, and
-    momenta are kept.
+    m_i / (1 - beta1^t_i), active or not, t_i the steps of task i. With F = c (1 - beta1^t), t the calls since every task has
+    been seen, the gradient that would have made this a momentum is h = (F - beta1 f) / (1 - beta1), f the last F. Then
+    s <- beta2 s + (1 - beta2) h^2, and the update is c / (sqrt(s / (1 - beta2^t)) + 1e-8). While a task has not been seen, the
+    update is 0, and momenta are kept.
 
     When to use: a step costs one backward pass if it has one task alone, round robin: ``step({task: loss})`` with ``tasks``,
     ``shared`` and ``heads`` given to ``MultiTaskOptimizer``. Use plain SGD with Adam's learning rate after it; heads get the
