@@ -11,6 +11,7 @@ from multitask_models import TASKS, Net, assert_equal, grads_of, task_losses, va
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.weightings import MEMORY
 
 SHAPES = [(5, 7), (), (3, 2, 3, 3), (1000,)]
 STEPS = 20
@@ -136,7 +137,7 @@ def test_what_is_not_finite_changes_nothing(backend, steps, fault):
     grads = channels_last(9)
     grads[1][0][0, 0] = float(fault)
     assert all(t.isnan().all() for t in mtl.aggregate(grads, method))
-    one_call(method, *only(grads, []))  # nor does a call without tasks
+    one_call(method, channels_last(9), torch.zeros(3, dtype=torch.bool))  # nor does a call without an active task
     after = robin(method, range(steps, steps + 4))
     assert_equal(after, robin(same, range(steps, steps + 4)))
     for (key, a), b in zip(method.state_dict().items(), same.state_dict().values(), strict=True):
@@ -150,6 +151,19 @@ def test_out_may_be_the_first_gradient(backend):
         out = mtl.aggregate(grads, "m_config", list(grads[0]))
         assert all(a is b for a, b in zip(out, grads[0], strict=True))
         assert_equal(out, expected)
+
+
+def test_bad_buffers(backend):
+    grads = random_gradients(2, SHAPES)
+    for name in MEMORY:
+        method = mtl.get_weighting(name)
+        out = [torch.zeros(2), *grads[0][1:]]
+        with pytest.raises(ValueError, match=r"out\[0\]"):
+            mtl.aggregate(grads, method, out, losses=torch.ones(2))
+        assert not any(value.nan_to_num().any() for value in method.state_dict().values()), name
+    shared = torch.zeros(7)
+    with pytest.raises(ValueError, match="shares memory"):
+        mtl.aggregate([[torch.ones(5), torch.ones(5)]] * 2, "m_config", [shared[:5], shared[2:]])
 
 
 def test_a_tensor_that_no_task_of_a_call_touches_has_no_part_in_it(backend):
@@ -180,7 +194,7 @@ def loss_of(model: Net, step: int) -> dict[str, Tensor]:
 def test_one_task_a_step(backend):
     model, method = Net(), mtl.MomentumConFIG()
     optimizer = optimizer_of(model)
-    first = float(sum(task_losses(model).values()))
+    first = sum(task_losses(model).values()).item()
     for step in range(60):
         losses, task = loss_of(model, step), TASKS[step % 3]
         params, own = list(model.encoder.parameters()), list(model.heads[task].parameters())
@@ -197,7 +211,7 @@ def test_one_task_a_step(backend):
         assert info.weights.count_nonzero() == (3 if step >= 2 else 0)
         optimizer.zero_grad()
     assert optimizer.weighting.steps.tolist() == [20, 20, 20]
-    assert float(sum(task_losses(model).values())) < 0.9 * first
+    assert sum(task_losses(model).values()).item() < 0.9 * first
 
 
 @pytest.mark.parametrize("where", ["encoder", "head"])

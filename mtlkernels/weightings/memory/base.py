@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...checks import TaskGradients, check_gradients
+from ...checks import TaskGradients, check_fit, check_gradients
 from ...memory import memory_combine_, memory_dtype
 from ...reference import like
 from ...solvers.common import finite_problems
@@ -100,6 +100,8 @@ class MemoryWeighting(StatefulWeighting):
     ) -> list[Tensor | None]:
         """One update of K lists of N tensors, as :func:`mtlkernels.aggregate` returns it."""
         check_gradients(rows)
+        if out is not None:
+            check_fit(out, list(zip(*rows, strict=True)))
         num_tasks = len(rows)
         if losses is not None and losses.shape != (num_tasks,):
             raise ValueError(f"losses has shape {tuple(losses.shape)}; {num_tasks} tasks take [{num_tasks}].")

@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ... import ops
+from ...reference import like
 from ..config import ConFIG
 from ..spectral import RANK_EPSILON
 from .base import MemoryUpdate, MemoryWeighting, Rows, gram_after, widened
@@ -14,12 +16,13 @@ EPSILON = 1e-8
 
 
 class MomentumConFIG(MemoryWeighting):
-    """M-ConFIG (Liu et al. 2024, the authors' PseudoMomentumOperator): ConFIG of momenta, over the root of its second moment.
+    """M-ConFIG (Liu et al. 2024): ConFIG of the tasks' momenta, over the root of its own second moment.
 
-    m_i <- beta1 m_i + (1 - beta1) g_i of active tasks; c is the :class:`ConFIG` of all m_i / (1 - beta1^t_i), t_i the steps of
-    task i, active or not. With F = c (1 - beta1^t) and t the calls since every task has been seen, the gradient that would have
-    made this a momentum is h = (F - beta1 f) / (1 - beta1), f the last F; s <- beta2 s + (1 - beta2) h^2, and the update is
-    c / (sqrt(s / (1 - beta2^t)) + 1e-8). While a task has not been seen, the update is 0, and momenta are kept.
+    The authors' ``PseudoMomentumOperator``: m_i <- beta1 m_i + (1 - beta1) g_i of active tasks; c is the :class:`ConFIG` of all
+    m_i / (1 - beta1^t_i), active or not, t_i the steps of task i. With F = c (1 - beta1^t), t the calls since every task has
+    been seen, the gradient that would have made this a momentum is h = (F - beta1 f) / (1 - beta1), f the last F. Then
+    s <- beta2 s + (1 - beta2) h^2, and the update is c / (sqrt(s / (1 - beta2^t)) + 1e-8). While a task has not been seen, the
+    update is 0, and momenta are kept.
 
     When to use: a step costs one backward pass if it has one task alone, round robin: ``step({task: loss})`` with ``tasks``,
     ``shared`` and ``heads`` given to ``MultiTaskOptimizer``. Use plain SGD with Adam's learning rate after it; heads get the
@@ -83,9 +86,8 @@ class MomentumConFIG(MemoryWeighting):
         """As there, and the second moment of what is combined. One row each, in the dtype of the memories."""
         combined = super().combine(update, widened(rows), memory, None, loss_scale)
         used = [n for n, c in enumerate(combined) if c is not None]
-        result: list[Tensor | None] = [None] * len(combined)
         if not used:
-            return result
+            return combined
         c = [cast(Tensor, combined[n]) for n in used]
         second, first = ([cast(Tensor, self._memory[n])[row] for n in used] for row in (-2, -1))
         moves = (update.scale != 0).any() & update.weights.isfinite().all()
@@ -106,9 +108,8 @@ class MomentumConFIG(MemoryWeighting):
         if result_scale is not None:
             torch._foreach_mul_(c, result_scale)
         for n, value in zip(used, c, strict=True):
-            grad = next(row[n] for row in rows if row[n] is not None)
-            result[n] = value.to(cast(Tensor, grad).dtype) if out is None else cast(Tensor, out[n]).copy_(value)
-        return result
+            combined[n] = value.to(cast(Tensor, like([row[n] for row in rows])).dtype)
+        return combined if out is None else ops.combine([combined], calls.new_ones(1), out)
 
     def extra_repr(self) -> str:
         return f"beta1={self.beta1}, beta2={self.beta2}"
