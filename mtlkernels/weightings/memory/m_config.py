@@ -85,29 +85,18 @@ class MomentumConFIG(MemoryWeighting):
     ) -> list[Tensor | None]:
         """As there, and the second moment of what is combined. One row each, in the dtype of the memories."""
         combined = super().combine(update, widened(rows), memory, None, loss_scale)
-        used = [n for n, c in enumerate(combined) if c is not None]
-        if not used:
-            return combined
-        c = [cast(Tensor, combined[n]) for n in used]
-        second, first = ([cast(Tensor, self._memory[n])[row] for n in used] for row in (-2, -1))
         moves = (update.scale != 0).any() & update.weights.isfinite().all()
         calls = self.calls.to(moves.device).clamp(min=1)  # 0 while c, s and f are 0
-        now = [t.clone() for t in c]
-        torch._foreach_mul_(now, 1 - self.beta1**calls)  # in place, so that a scalar stays float32
-        squares = torch._foreach_sub(now, first, alpha=self.beta1)
-        torch._foreach_div_(squares, 1 - self.beta1)
-        torch._foreach_mul_(squares, squares)
-        for s, f, square, moment in zip(second, first, squares, now, strict=True):
-            s.copy_(torch.where(moves, s.lerp(square, 1 - self.beta2), s))
-            f.copy_(torch.where(moves, moment, f))
-        roots = [s.clone() for s in second]
-        torch._foreach_div_(roots, 1 - self.beta2**calls)
-        torch._foreach_sqrt_(roots)
-        torch._foreach_add_(roots, EPSILON)
-        torch._foreach_div_(c, roots)
-        if result_scale is not None:
-            torch._foreach_mul_(c, result_scale)
-        for n, value in zip(used, c, strict=True):
+        for n, c in enumerate(combined):
+            if c is None:
+                continue
+            second, first = (cast(Tensor, self._memory[n])[row] for row in (-2, -1))
+            moment = c * (1 - self.beta1**calls)  # a scalar, which leaves the dtype of the memory
+            square = ((moment - self.beta1 * first) / (1 - self.beta1)).square()
+            second.copy_(torch.where(moves, second.lerp(square, 1 - self.beta2), second))
+            first.copy_(torch.where(moves, moment, first))
+            value = c / ((second / (1 - self.beta2**calls)).sqrt() + EPSILON)
+            value = value if result_scale is None else value * result_scale
             combined[n] = value.to(cast(Tensor, like([row[n] for row in rows])).dtype)
         return combined if out is None else ops.combine([combined], calls.new_ones(1), out)
 
