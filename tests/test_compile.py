@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mtlkernels as mtl
 from mtlkernels import reference
 from mtlkernels.weightings import CROSS, MEMORY
+from mtlkernels.weightings.memory.m_config import TRACES
 
 OPS = torch.ops.mtlkernels
 OPCHECK_TESTS = {"test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"}
@@ -84,6 +85,8 @@ def test_one_graph_for_all_sizes(backend):
 @pytest.mark.parametrize("name", [*MEMORY, *CROSS])
 def test_weightings_of_memories_and_of_two_batches_in_a_graph(backend, name):
     """State moves in the graph as outside it, from the call on that gives it its shape."""
+    if name == "m_config" and not TRACES:
+        pytest.skip("torch before 2.14 traces it wrongly, and it says so")
     inside, outside = mtl.get_weighting(name), mtl.get_weighting(name)
 
     def update(grads, losses, other):

@@ -13,6 +13,7 @@ from ..spectral import RANK_EPSILON
 from .base import MemoryUpdate, MemoryWeighting, Rows, gram_after, widened
 
 EPSILON = 1e-8
+TRACES: bool = torch.__version__ >= (2, 14)  # before, writes into a tensor of which an op has written other rows are lost
 
 
 class MomentumConFIG(MemoryWeighting):
@@ -84,6 +85,10 @@ class MomentumConFIG(MemoryWeighting):
         result_scale: Tensor | None = None,
     ) -> list[Tensor | None]:
         """As there, and the second moment of what is combined. One row each, in the dtype of the memories."""
+        if torch.compiler.is_compiling() and not TRACES:
+            raise ValueError(
+                "torch before 2.14 traces MomentumConFIG wrongly; leave it out of the compiled graph, or update torch."
+            )
         combined = super().combine(update, widened(rows), memory, None, loss_scale)
         moves = (update.scale != 0).any() & update.weights.isfinite().all()
         calls = self.calls.to(moves.device).clamp(min=1)  # 0 while c, s and f are 0
@@ -91,12 +96,12 @@ class MomentumConFIG(MemoryWeighting):
             if c is None:
                 continue
             second, first = (cast(Tensor, self._memory[n])[row] for row in (-2, -1))
-            moment = c * (1 - self.beta1**calls)  # a scalar, which leaves the dtype of the memory
+            moment = c * (1 - self.beta1**calls).to(c.dtype)
             square = ((moment - self.beta1 * first) / (1 - self.beta1)).square()
             second.copy_(torch.where(moves, second.lerp(square, 1 - self.beta2), second))
             first.copy_(torch.where(moves, moment, first))
-            value = c / ((second / (1 - self.beta2**calls)).sqrt() + EPSILON)
-            value = value if result_scale is None else value * result_scale
+            value = c / ((second / (1 - self.beta2**calls).to(c.dtype)).sqrt() + EPSILON)
+            value = value if result_scale is None else value * result_scale.to(c.dtype)
             combined[n] = value.to(cast(Tensor, like([row[n] for row in rows])).dtype)
         return combined if out is None else ops.combine([combined], calls.new_ones(1), out)
 
