@@ -13,7 +13,7 @@ from ..spectral import RANK_EPSILON
 from .base import MemoryUpdate, MemoryWeighting, Rows, gram_after, widened
 
 EPSILON = 1e-8
-TRACES: bool = torch.__version__ >= (2, 14)  # before, writes into a tensor of which an op has written other rows are lost
+TRACES = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"  # before, writes into a tensor of which an op has written other rows are lost
 
 
 class MomentumConFIG(MemoryWeighting):
