@@ -1,9 +1,9 @@
-"""GradDrop on ResNet-50's gradients against one read of them, TorchJD, and plain PyTorch, eager and compiled.
+"""GradDrop and the trimmed mean on ResNet-50's gradients against one read of them, TorchJD, and plain PyTorch.
 
 make bench ARGS="-k 'read or elementwise' --tasks 3 --dtypes float32"
 
 Counted: GradDrop reads each gradient once and writes each result once, 1 + 1/K times the gradients' bytes, and draws a random
-word for each element.
+word for each element. The trimmed mean moves the same bytes.
 """
 
 from collections.abc import Callable
@@ -47,3 +47,19 @@ def bench_elementwise_torchjd(measure, grads: Rows) -> None:
     """On a matrix that was made beforehand, for free."""
     matrix = torch.stack([torch.cat([t.flatten() for t in row]) for row in grads])
     measure("TorchJD GradDrop", lambda: aggregation.GradDrop()(matrix))
+
+
+@pytest.mark.parametrize("trim", [0, 1, 2])
+def bench_elementwise_trimmed_mean(measure, grads: Rows, buffers: list[Tensor], trim: int) -> None:
+    if len(grads) < 2 * trim + 1:
+        pytest.skip("the trim leaves no task")
+    method = mtl.TrimmedMean(trim)
+    measure(f"trimmed mean, trim {trim}", lambda: method(grads, buffers))
+
+
+def bench_elementwise_trimmed_mean_torchjd(measure, grads: Rows) -> None:
+    """On a matrix that was made beforehand, for free."""
+    if len(grads) < 3:
+        pytest.skip("the trim leaves no task")
+    matrix = torch.stack([torch.cat([t.flatten() for t in row]) for row in grads])
+    measure("TorchJD TrimmedMean, trim 1", lambda: aggregation.TrimmedMean(1)(matrix))

@@ -34,7 +34,7 @@ TRITON_OPS = (
     "graddrop",
     "graddrop_",
 )
-"""Ops with Triton kernels. The others work on K x K matrices, where the reference will do."""
+"""Ops with Triton kernels. The others work on K x K matrices, where the reference will do, or are trimmed_mean."""
 GPUS = ("cuda", "xpu")
 """Device types that Triton compiles for; ROCm's is called cuda, too."""
 

@@ -164,6 +164,110 @@ def graddrop(
     return _reached(rows, out, check, call)
 
 
+# --- trimmed_mean -------------------------------------------------------------------------------------------------------
+
+
+def trim_extremes(column: Sequence[Tensor | None], trim: int, active: Tensor | None) -> Tensor:
+    """The specification of :func:`trimmed_mean`, for the K gradients of one tensor: sorted, then the ranks between averaged."""
+    model = cast(Tensor, reference.like(column))
+    values = torch.stack([torch.zeros_like(model) if row is None else row.detach() for row in column])
+    values = values.to(torch.promote_types(model.dtype, torch.float32))
+    shape = (-1, *[1] * model.dim())
+    count = torch.full((), len(column), device=model.device)
+    if active is not None:
+        count = active.sum()
+        values = torch.where(active.view(shape), values, torch.nan)  # to the ranks from count on: NaN sorts last
+    dropped = ((count - 1) // 2).clamp(0, trim)
+    rank = torch.arange(len(column), device=model.device).view(shape)
+    left = (rank >= dropped) & (rank < count - dropped)
+    mean = torch.where(left, values.sort(0).values, 0.0).sum(0) / (count - 2 * dropped).clamp(min=1)
+    return torch.empty_like(model).copy_(mean)
+
+
+def _check_trim(trim: int, num_tasks: int) -> None:
+    if trim < 0 or (num_tasks > 0 and num_tasks < 2 * trim + 1):
+        raise ValueError(
+            f"trim is {trim} and there are {num_tasks} tasks, of which that many on each side would leave none; "
+            f"pass a trim from 0 to {max(num_tasks - 1, 0) // 2}."
+        )
+
+
+def _trimmed_mean_reference(flat: Flat, num_tasks: int, trim: int, active: Tensor | None) -> list[Tensor]:
+    check_gradients(_nest(flat, num_tasks))
+    _check_trim(trim, num_tasks)
+    return [trim_extremes(column, trim, active) for column in _columns(flat, num_tasks)]
+
+
+def _trimmed_mean_fake(flat: Flat, num_tasks: int, trim: int, active: Tensor | None) -> list[Tensor]:
+    results = _empty_results(flat, num_tasks)
+    if active is not None:
+        _check_device(flat, active, "active")
+    _check_trim(trim, num_tasks)
+    return results
+
+
+def _trimmed_mean_inplace_fake(out: Sequence[Tensor], flat: Flat, num_tasks: int, trim: int, active: Tensor | None) -> None:
+    _trimmed_mean_fake(flat, num_tasks, trim, active)
+    check_fit(out, _columns(flat, num_tasks))
+
+
+def _trimmed_mean_inplace_reference(
+    out: Sequence[Tensor], flat: Flat, num_tasks: int, trim: int, active: Tensor | None
+) -> None:
+    _into(out, _columns(flat, num_tasks), _trimmed_mean_reference(flat, num_tasks, trim, active))
+
+
+define(
+    "trimmed_mean(Tensor?[] grads, int num_tasks, int trim, Tensor? active) -> Tensor[]",
+    fake=_trimmed_mean_fake,
+    reference=_trimmed_mean_reference,
+)
+define(
+    "trimmed_mean_(Tensor(a!)[] out, Tensor?[] grads, int num_tasks, int trim, Tensor? active) -> ()",
+    fake=_trimmed_mean_inplace_fake,
+    reference=_trimmed_mean_inplace_reference,
+)
+
+
+def trimmed_mean(
+    rows: Columns, trim: int, active: Tensor | None = None, out: Sequence[Tensor | None] | None = None
+) -> list[Tensor | None]:
+    """Mean of an element's gradients without the ``trim`` smallest and the ``trim`` largest (Yin et al. 2018, Definition 2).
+
+    out = 1 / (K - 2 b) sum_{r = b}^{K - b - 1} g_(r), where g_(0) <= ... <= g_(K - 1) are the element's K gradients and b is
+    ``trim``. NaN sorts past the largest: up to b of them are left out with it, more make the element NaN. Sums in float32
+    (float64 for float64 gradients).
+
+    Args:
+        rows: K lists of N tensors, K >= 2 trim + 1; None counts as zeros.
+        trim: b, the number left out on each side; 0 gives the mean.
+        active: bool [K] on the gradients' device; of K, the tasks that are not active are not counted. Where fewer than
+            2 trim + 1 are active, all but the middle one or two are left out, and zero is the result where none is. Not read on
+            the host.
+        out: N buffers, as in :func:`mtlkernels.combine`.
+
+    Returns:
+        N tensors with the dtype and layout of the gradients, None where every task is None; with ``out``, the buffers.
+    """
+
+    def call(kept: tuple[int, ...], flat: Flat, buffers: list[Tensor] | None) -> list[Tensor]:
+        ops = torch.ops.mtlkernels
+        if buffers is None:
+            return _call(ops.trimmed_mean.default, "trimmed_mean", check, flat, len(rows), trim, active)
+        _call(ops.trimmed_mean_.default, "trimmed_mean", check, buffers, flat, len(rows), trim, active)
+        return buffers
+
+    def check() -> None:
+        check_gradients(rows)
+        _check_trim(trim, len(rows))
+        if active is not None:
+            _check_device([t for row in rows for t in row], active, "active")
+        if out is not None:
+            check_buffers(out, list(zip(*rows, strict=True)))
+
+    return _reached(rows, out, check, call)
+
+
 # --- calling ------------------------------------------------------------------------------------------------------------
 
 

@@ -288,6 +288,14 @@ OPCHECKS = {
         OPS.graddrop_,
         (flat(1, [(4, 3), (5,)], seed=1), flat(2, [(4, 3), (5,)]), W2 * 0, None, SEED, [0, 1]),
     ),
+    "trimmed_mean": lambda: (OPS.trimmed_mean, (flat(3, [(4, 3), (5,), ()]), 3, 1, torch.tensor([True, False, True]))),
+    "trimmed_mean, none": lambda: (OPS.trimmed_mean, ([None, torch.ones(3), torch.ones(2), None], 2, 0, None)),
+    "trimmed_mean, strided": lambda: (OPS.trimmed_mean, (strided(), 2, 0, None)),
+    "trimmed_mean, empty": lambda: (OPS.trimmed_mean, ([], 2, 0, None)),
+    "trimmed_mean_": lambda: (
+        OPS.trimmed_mean_,
+        (flat(1, [(4, 3), (5,)], seed=1), flat(3, [(4, 3), (5,)]), 3, 1, None),
+    ),
     "connection_strength": lambda: (
         OPS.connection_strength,
         (torch.rand(7, dtype=torch.float64), [torch.rand(3, 4), torch.rand(3, 3)], [torch.rand(3, 4), torch.rand(3, 3)], 1e-5),

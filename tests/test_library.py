@@ -25,6 +25,8 @@ OPS = {
     "priority_combine_",
     "graddrop",
     "graddrop_",
+    "trimmed_mean",
+    "trimmed_mean_",
     "paired_gram",
     "perturb_",
     "memory_combine_",

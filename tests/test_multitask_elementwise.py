@@ -72,6 +72,25 @@ def test_an_absent_task_has_no_part():
     assert info.losses.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("present", [TASKS, TASKS[1:]], ids=str)
+def test_the_trimmed_mean_counts_the_tasks_that_are_there(present):
+    """Of three tasks the middle one, of two both."""
+    model = Net()
+    columns = zip(*rows_of(model, present), strict=True)
+    expected = [torch.stack(column).sort(0).values[len(present) == 3 : 2].mean(0) for column in columns]
+    make(model, "trimmed_mean", tasks=TASKS).backward({t: loss for t, loss in task_losses(model).items() if t in present})
+    assert_near(grads_of(model.encoder), expected)
+
+
+def test_a_trim_that_leaves_no_task_changes_nothing():
+    model = Net()
+    before = values_of(model)
+    with pytest.raises(ValueError, match="trim is 2 and there are 3 tasks"):
+        make(model, mtl.TrimmedMean(2)).step(task_losses(model))
+    assert_equal(values_of(model), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6])
 def test_clipping_is_that_of_torch(max_norm):
     model, plain = Net(), Net()

@@ -180,6 +180,14 @@ def test_step_with_an_elementwise_method(recorder, options):
     assert "mtlkernels.graddrop_.default" in recorder.calls
 
 
+def test_reference_of_the_trimmed_mean_reads_nothing(recorder):
+    """Its buffers' check asks for addresses, which fake tensors lack: here with new results."""
+    active = empty(4, dtype=torch.bool)
+    mtl.TrimmedMean(1)([[empty(8, 5), empty(8, dtype=torch.bfloat16)] for _ in range(4)], active=active)
+    assert recorder.reads == []
+    assert "mtlkernels.trimmed_mean.default" in recorder.calls
+
+
 @pytest.mark.parametrize("weighting", [pytest.param("cagrad", marks=pytest.mark.slow), "mgda", "pcgrad"])
 def test_references_of_the_solvers_read_nothing(recorder, weighting):
     recorder.kernels = {"gram", "combine_"}

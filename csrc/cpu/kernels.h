@@ -49,6 +49,12 @@ struct Drop {
   uint32_t place;  // of the tensor in the list
 };
 
+/// What a trimmed mean leaves out: of an element's active gradients the `count` smallest and as many of the largest.
+struct Trim {
+  int64_t count;       // fewer where fewer than 2 count + 1 tasks are active: all but one or two
+  const bool* active;  // [num_rows], or null for all; a row that is not active is not read
+};
+
 struct Kernels {
   const char* name;
 
@@ -85,6 +91,9 @@ struct Kernels {
   /// out = the positive or the negative part of the rows, as drop_signs of mtlkernels/elementwise.py, over elements [begin,
   /// end) in logical order; begin is a multiple of 4. The output may be one of the rows.
   void (*graddrop)(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);
+  /// out = the mean of the active rows' elements [begin, end) that are left, as trim_extremes of mtlkernels/elementwise.py; an
+  /// absent row is zeros. The output may be one of the rows.
+  void (*trimmed_mean)(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out);
 };
 
 /// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names

@@ -45,6 +45,7 @@ from .pcgrad import PCGrad
 from .rgw import RGW
 from .rlw import RLW
 from .sum import Sum
+from .trimmed_mean import TrimmedMean
 from .upgrad import UPGrad
 
 REGISTRY: dict[str, type[Weighting]] = {
@@ -75,7 +76,7 @@ REGISTRY: dict[str, type[Weighting]] = {
 a memory of gradients, ``CROSS`` those that take two batches."""
 
 
-ELEMENTWISE: dict[str, type[Elementwise]] = {"graddrop": GradDrop}
+ELEMENTWISE: dict[str, type[Elementwise]] = {"graddrop": GradDrop, "trimmed_mean": TrimmedMean}
 """Registry string -> class of the methods that have no weights."""
 
 
@@ -171,6 +172,7 @@ __all__ = [
     "PCGrad",
     "SDMGrad",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
     "UncertaintyWeighting",
     "Weighting",
