@@ -34,6 +34,7 @@ LEFT_OUT = {
     "constant": "weights that somebody has to choose",
     "ngdiff": "unlearning",
     "krum": "against corrupt gradients, and not defined for two tasks",
+    "trimmed_mean": "the same",
 }
 """Methods that answer another question."""
 OPTIONS: dict[str, dict[str, Any]] = {"cr_mogm": {"weighting": "cagrad"}, "stch": {"warmup": 50}}

@@ -13,7 +13,8 @@ from ..spectral import RANK_EPSILON
 from .base import MemoryUpdate, MemoryWeighting, Rows, gram_after, widened
 
 EPSILON = 1e-8
-TRACES = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"  # before, writes into a tensor of which an op has written other rows are lost
+# Before, writes into a tensor of which an op has written other rows are lost in a graph.
+TRACES = torch.torch_version.TorchVersion(torch.__version__) >= "2.14"
 
 
 class MomentumConFIG(MemoryWeighting):
