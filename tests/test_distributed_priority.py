@@ -9,6 +9,9 @@ import torch
 from distributed_models import TASKS, Setting, losses_of, part_of_batch
 from distributed_workers import RankError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing import assert_close
 
 import mtlkernels as mtl
@@ -18,7 +21,7 @@ from mtlkernels.weightings import PCGrad
 STEPS = 20
 FEW = 5
 """Steps of what needs fewer to show."""
-KINDS = ("ddp", "fsdp", "hsdp")
+KINDS = ("ddp", "fsdp", "hsdp", "tp+fsdp")
 
 
 class TaskModel(nn.Module):
@@ -62,6 +65,10 @@ class EqualModel(TaskModel):
 
 class TaskSetting(Setting):
     make_module: Callable[[int], Any] = TaskModel
+
+    def _parallelize(self, mesh: DeviceMesh) -> None:
+        whole = {"output_layouts": Replicate()}  # for the norms
+        parallelize_module(self.module, mesh, {name: ColwiseParallel(**whole) for name in ("first", "second")})
 
     def closures(self, step: int) -> dict[str, Callable[[], Tensor]]:
         x = part_of_batch(step, *self.data)
@@ -128,6 +135,7 @@ CASES = [
     ("priority", 2, "ddp"),
     ("priority", 3, "fsdp"),
     ("priority", 4, "hsdp"),
+    ("priority", 4, "tp+fsdp"),
     ("clipped", 2, "fsdp"),
     ("pcgrad", 2, "fsdp"),
 ]
