@@ -73,3 +73,19 @@ def test_micro_batches_of_plain_parameters_are_reduced_once(workers):
     once, thrice = (workers.run(2, accumulated, "ddp", count, True)[0]["scatters"][0] for count in (1, 3))
     assert int(once) == 8 * 3
     assert int(thrice) == 8 * 6  # shared and head rows apart
+
+
+def crossed(kind: str, steps: int) -> dict[str, list[Tensor]]:
+    setting = Setting(kind)
+    optimizer = setting.optimizer(mtl.MoDo(), max_norm=0.5)
+    infos = [optimizer.step(setting.losses(2 * step), other=setting.losses(2 * step + 1)) for step in range(steps)]
+    return {"values": setting.values(), "weights": [info.weights for info in infos], "norms": [info.norm for info in infos]}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_batches_are_those_of_one_process(workers, kind):
+    expected = crossed("single", 6)
+    for rank in workers.run(2, crossed, kind, 6):
+        for what, values in expected.items():
+            for actual, value in zip(rank[what], values, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6, msg=what)
