@@ -150,6 +150,18 @@ def test_accumulates_clips_and_scales():
         torch.testing.assert_close(param, old - 0.1 * grad, rtol=1e-6, atol=1e-12)
 
 
+def test_a_step_with_a_scaler_is_the_step_without():
+    model, batches = model_and_batches()
+    plain = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    optimizers = [mtl.MultiTaskOptimizer(torch.optim.SGD(m.parameters(), 0.1), "gls") for m in (model, plain)]
+    for inputs in batches:
+        optimizers[0].step(model.losses(inputs), scaler=scaler)
+        optimizers[1].step(plain.losses(inputs))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_an_average_of_loss_weights():
     """CR-MOGM around a loss-only method is one, and passes on what it observes."""
     model, batches = model_and_batches()

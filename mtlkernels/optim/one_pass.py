@@ -62,8 +62,7 @@ def backward_of_losses(
             gram = optimizer._gram(Problems("model", layer), layer_rows, layer, tasks) * unscale
         gram, _, values, seed = ranks.decisive(gram, None, values, optimizer._seed(True))
         missing = any(loss is None for loss in losses)
-        known = torch.where(present, values, 0.0)
-        weights = weighting(gram, active=present if missing else None, losses=known, seed=seed)
+        weights = weighting(gram, active=present if missing else None, losses=values, seed=seed)
     row, _ = weighted_gradients(scaled, weights, params, [[] for _ in tasks], source)
     with torch.no_grad():
         rows, problems = [received(row, params)], Problems("model", params)

@@ -77,11 +77,10 @@ def cluster_means(values: Tensor, num_groups: int) -> Tensor:
         value, start = (before + cost).flip(0).min(0)
         best, starts = value, [*starts, size - 1 - start]
     end = (known.sum() - 1).clamp(min=0)
-    result, done = torch.zeros_like(ordered), torch.zeros_like(known[0])
+    result = torch.zeros_like(ordered)
     for start in reversed(starts):
         begin = start.gather(0, end.reshape(1)).reshape(())
-        here = (place >= begin) & (place <= end) & known & ~done
-        own = torch.where(here, ordered, 0.0).sum() / here.sum().clamp(min=1)
-        result = torch.where(here, own, result)
-        done, end = done | (begin == 0), (begin - 1).clamp(min=0)
+        here = (place >= begin) & (place <= end) & known
+        result = torch.where(here, torch.where(here, ordered, 0.0).sum() / here.sum().clamp(min=1), result)
+        end = (begin - 1).clamp(min=0)  # where nothing is left, the first value is a cluster of no spread already
     return torch.empty_like(result).scatter(0, order, result)
