@@ -75,6 +75,10 @@ class TaskSetting(Setting):
         return {task: lambda task=task: losses_of({task: self.model(x, task)}, x)[task] for task in TASKS}
 
 
+class RowSetting(TaskSetting):
+    _parallelize = Setting._parallelize  # the second layer by rows
+
+
 class BatchNormSetting(TaskSetting):
     make_module = BatchNormModel
 
@@ -251,7 +255,7 @@ def refused(kind: str, options: dict[str, Any]) -> None:
 
 
 def split_channels() -> None:
-    setting = TaskSetting("tp")
+    setting = RowSetting("tp")
     mtl.TaskPriorityOptimizer(
         torch.optim.SGD(setting.module.parameters(), lr=0.1), setting.module, epochs=1, layers=setting.module.layers()
     )
