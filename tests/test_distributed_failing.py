@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -345,7 +346,7 @@ def weights_of_other_seeds(make: Callable[[], Any]) -> list[list[Tensor]]:
     return results
 
 
-@pytest.mark.parametrize("make", [PCGrad, mtl.weightings.RGW])
+@pytest.mark.parametrize("make", [PCGrad, mtl.weightings.RGW, partial(mtl.CRMOGM, "pcgrad")], ids=["pcgrad", "rgw", "cr_mogm"])
 def test_random_weights_are_the_first_ranks(workers, make):
     first, second = workers.run(2, weights_of_other_seeds, make)
 

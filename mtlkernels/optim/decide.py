@@ -11,7 +11,7 @@ from ..gradients import Rows, check_dense, update_buffers
 from ..granularity import Problems
 from ..weightings import Elementwise, MemoryWeighting, Weighting
 from ..weightings.cross.base import cross_of, of_both, takes_cross
-from ..weightings.seeded import Seeded
+from ..weightings.seeded import drawn_seed
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .one_pass import check_loss_only
@@ -60,10 +60,7 @@ class Decisions(WrappedOptimizer):
 
     def _seed(self, computes: bool) -> Tensor | None:
         """The seed of a random weighting where it must be the same on other ranks, too."""
-        method = self.weighting
-        if not computes or self.ranks.size == 1 or not isinstance(method, Seeded):
-            return None
-        return method.draw_seed(self.device) if getattr(method, "order", None) is None else None
+        return drawn_seed(self.weighting, self.device) if computes and self.ranks.size > 1 else None
 
     def _squares(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..flat import FlatGram
 from ..weightings import Weighting, as_weighting
-from ..weightings.seeded import SeededWeighting
+from ..weightings.seeded import drawn_seed
 from .undo import Snapshot
 
 Aggregation = Literal["separate", "direct", "second", "each"]
@@ -43,8 +43,9 @@ class FlatWeightings(torch.nn.Module):
         seeds = {}
         for name in order:
             weighting = getattr(self, name)
-            if isinstance(weighting, SeededWeighting) and getattr(weighting, "order", None) is None:
-                seeds[name] = weighting.draw_seed(device)
+            seed = None if weighting is None else drawn_seed(weighting, device)
+            if seed is not None:
+                seeds[name] = seed
         none = torch.zeros(1, dtype=torch.int64, device=device)
         return torch.cat([seeds.get(name, none) for name in ("loss", "flat", "pair")]) if seeds else None
 

@@ -30,7 +30,7 @@ from ..nn.norms import TaskNorm
 from ..nn.record import recorded_calls
 from ..priority import connection_strength, priority_combine
 from ..weightings import Weighting, as_weighting
-from ..weightings.seeded import SeededWeighting
+from ..weightings.seeded import drawn_seed
 from .compare import step_entries
 from .info import PriorityInfo
 from .losses import Closures, check_loss, loaded_names, order_closures, task_names
@@ -205,8 +205,7 @@ class TaskPriorityOptimizer(WrappedOptimizer):
             return []
         parts = [layer.strength(cast(tuple[Task, ...], self.tasks)) for layer in layers]
         weights, scales, variances = (list(part) for part in zip(*parts, strict=True))
-        if self.ranks.size > 1:
-            variances = [total / self.ranks.size for total in self.ranks.sum(*variances)]
+        variances = self.ranks.mean(*variances)
         return connection_strength(weights, scales, variances)[1]
 
     def _held(self, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
@@ -407,8 +406,8 @@ class TaskPriorityOptimizer(WrappedOptimizer):
         """The losses' means over the ranks; None for an absent one."""
         if self.ranks.size == 1:
             return losses
-        (total,) = self.ranks.sum(self._loss_values(losses)[0])
-        return [None if own is None else mean for own, mean in zip(losses, total / self.ranks.size, strict=True)]
+        (means,) = self.ranks.mean(self._loss_values(losses)[0])
+        return [None if own is None else mean for own, mean in zip(losses, means, strict=True)]
 
     def _square(self, row: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
         """Squared norm of a row, scalar."""
@@ -452,12 +451,13 @@ class TaskPriorityOptimizer(WrappedOptimizer):
     def _weights(
         self, weighting: Weighting, rows: Rows, params: list[Tensor], losses: Sequence[Tensor | None], scaler: Any
     ) -> Tensor:
-        gram, seed = cast(Tensor, ops.gram(rows)).to(self.device), None
+        gram = cast(Tensor, ops.gram(rows)).to(self.device)
         if self.ranks.hides_leaves:
             (gram,) = self.ranks.sum(self.ranks.gram(Problems("model", params), rows, params).to(self.device))
-        if self.ranks.size > 1 and isinstance(weighting, SeededWeighting) and getattr(weighting, "order", None) is None:
+        seed = drawn_seed(weighting, self.device) if self.ranks.size > 1 else None
+        if seed is not None:
             none = gram.new_zeros(0)
-            seed = self.ranks.decisive(none, None, none, weighting.draw_seed(self.device))[3]
+            seed = self.ranks.decisive(none, None, none, seed)[3]
         if scaler is not None:
             gram = gram / scaler.scale(torch.ones((), device=self.device)).double().square()
         values, active = self._loss_values(losses)

@@ -48,6 +48,14 @@ class Seeded(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def drawn_seed(method: torch.nn.Module, device: torch.device) -> Tensor | None:
+    """The seed of a method's next call, drawn by it or by the random method that it wraps; None where nothing is random."""
+    for part in method.modules():
+        if isinstance(part, Seeded) and getattr(part, "order", None) is None:
+            return part.draw_seed(device)
+    return None
+
+
 class SeededWeighting(Seeded, Weighting):
     """A weighting decided by a seed."""
 
