@@ -65,6 +65,10 @@ class Ranks:
         """Each tensor summed over the ranks, in one all-reduce of float64 for all. The same bits on every rank."""
         return list(tensors)
 
+    def mean(self, *tensors: Tensor) -> list[Tensor]:
+        """Each tensor's mean over the ranks, as :meth:`sum`; as they are in one process."""
+        return list(tensors) if self.size == 1 else [total / self.size for total in self.sum(*tensors)]
+
     def decisive(
         self, gram: Tensor, own_gram: Tensor | None, losses: Tensor, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -290,10 +290,7 @@ class SelectiveGroupOptimizer(WrappedOptimizer):
     @torch.no_grad()
     def _means(self, losses: Sequence[Tensor | None]) -> Tensor | Sequence[Tensor | None]:
         """The losses' means over the ranks, which what is decided from them must be the same on."""
-        if self.ranks.size == 1:
-            return losses
-        (total,) = self.ranks.sum(self._loss_values(losses)[0])
-        return total / self.ranks.size
+        return losses if self.ranks.size == 1 else self.ranks.mean(self._loss_values(losses)[0])[0]
 
     def _regroup(self) -> int:
         """Forms this batch's groups; returns how many host reads it took."""

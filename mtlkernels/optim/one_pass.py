@@ -56,10 +56,9 @@ def backward_of_losses(
     with torch.no_grad():
         values, present = optimizer._loss_values(losses)
         gram = values.new_zeros(2 * values.shape)
-        unscale = torch.ones_like(gram[0, 0]) if scale is None else scale.double() ** -2
         if layer:
             ranks.wait()
-            gram = optimizer._gram(Problems("model", layer), layer_rows, layer, tasks) * unscale
+            gram = optimizer._unscaled(optimizer._gram(Problems("model", layer), layer_rows, layer, tasks), scale)
         gram, _, values, seed = ranks.decisive(gram, None, values, optimizer._seed(True))
         missing = any(loss is None for loss in losses)
         weights = weighting(gram, active=present if missing else None, losses=values, seed=seed)
@@ -68,7 +67,8 @@ def backward_of_losses(
         rows, problems = [received(row, params)], Problems("model", params)
         del row  # so that the update can be written where the gradient is
         ranks.wait()
-        square = ranks.sum(optimizer._gram(problems, rows, params, tasks) * unscale)[0] * ranks.scale**2
+        square = optimizer._unscaled(optimizer._gram(problems, rows, params, tasks), scale)
+        square = ranks.sum(square)[0] * ranks.scale**2
         ones = torch.ones_like(square[0])
         update = UpdateNorm(square, ones, None, ones)
         info = StepInfo(tasks, values, None, weights, present, update)
@@ -88,4 +88,4 @@ def observe(optimizer: "MultiTaskOptimizer", closure: Callable[[], Losses], task
     """Shows the weighting the losses after the step, their mean over the ranks."""
     with torch.no_grad():
         values, _ = optimizer._loss_values(by_task(closure(), tasks)[1])
-        cast(Weighting, optimizer.weighting).observe(optimizer.ranks.sum(values)[0] / optimizer.ranks.size)
+        cast(Weighting, optimizer.weighting).observe(optimizer.ranks.mean(values)[0])

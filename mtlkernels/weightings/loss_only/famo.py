@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..simplex import softmax
 from .base import LearnedWeighting, for_tasks
 
 
@@ -43,8 +44,7 @@ class FAMO(LearnedWeighting):
         above = self._above(losses)
         self.write_state("before", torch.where(active, above.log(), torch.nan))
         scores = self.read("learned", losses)
-        share = torch.where(active, scores, -torch.inf).softmax(0).nan_to_num()
-        weights = share / above
+        weights = softmax(scores, active) / above
         return weights / torch.where(active.any(), weights.sum(), 1.0)
 
     @torch.no_grad()
@@ -62,7 +62,7 @@ class FAMO(LearnedWeighting):
         fell = before - self._above(losses).log()
         counted = fell.isfinite()
         fell = torch.where(counted, fell, 0.0)
-        share = torch.where(counted, self.read("learned", losses), -torch.inf).softmax(0).nan_to_num()
+        share = softmax(self.read("learned", losses), counted)
         self.descend(share * (fell - (share * fell).sum()), counted)
         self.write_state("before", torch.full_like(before, torch.nan))
 

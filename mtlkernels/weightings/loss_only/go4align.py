@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..simplex import softmax
 from .base import LossWeighting
 
 
@@ -33,7 +34,7 @@ class GO4Align(LossWeighting):
 
     def of_losses(self, losses: Tensor, active: Tensor, gram: Tensor, seed: Tensor | None) -> Tensor:
         share = self.write("share", self.read("share", losses) - self.eta * losses, active)
-        share = torch.where(active, share, -torch.inf).softmax(0).nan_to_num()
+        share = softmax(share, active)
         total = torch.where(active, losses, 0.0).sum()
         omega = torch.where(active & (losses > 0), share * total / losses, torch.nan)
         means = cluster_means(torch.where(active, omega, torch.inf), min(self.num_groups, losses.shape[0]))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..simplex import softmax
 from .base import LossWeighting, for_tasks, positive_vector
 
 
@@ -52,7 +53,7 @@ class STCH(LossWeighting):
             preference = active / active.sum().clamp(min=1)
         else:
             preference = for_tasks(self.preference, losses, "preference")
-        return preference * self._softmax(preference * (losses - for_tasks(self.ideal, losses, "ideal")), active)
+        return preference * softmax(preference * (losses - for_tasks(self.ideal, losses, "ideal")) / self.mu, active)
 
     def _after_warmup(self, losses: Tensor, active: Tensor) -> Tensor:
         steps, nadir = self.read("steps", losses), self.read("nadir", losses)
@@ -60,11 +61,8 @@ class STCH(LossWeighting):
         now = steps + 1
         self.write("nadir", nadir + (losses - nadir) / now, active & warming)
         self.write("steps", now, active & warming)
-        share = active.sum() * self._softmax((losses / nadir).log(), active & ~warming)
+        share = active.sum() * softmax((losses / nadir).log() / self.mu, active & ~warming)
         return torch.where(warming, 1.0, share) / losses
-
-    def _softmax(self, values: Tensor, active: Tensor) -> Tensor:
-        return torch.where(active, values / self.mu, -torch.inf).softmax(0).nan_to_num()
 
     def extra_repr(self) -> str:
         return f"mu={self.mu}, warmup={self.warmup}"
