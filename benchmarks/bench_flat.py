@@ -20,12 +20,6 @@ Rows = list[list[Tensor]]
 
 
 @pytest.fixture(scope="module")
-def grads(num_tasks: int, dtype: torch.dtype) -> Rows:
-    torch.manual_seed(0)
-    return [[torch.randn(shape).to(dtype) for shape in resnet50()] for _ in range(num_tasks)]
-
-
-@pytest.fixture(scope="module")
 def sam(grads: Rows) -> Rows:
     return [[t * 1.01 for t in row] for row in grads]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from groups import average_precision, delta_m  # the example beside this one
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -27,6 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 import mtlkernels as mtl
 from mtlkernels._optional import MissingPackageError
 from mtlkernels.data import CANVAS, MultiDigits
+from mtlkernels.demo import spread
 from mtlkernels.tabular import load_yeast
 from mtlkernels.weightings import CROSS, ELEMENTWISE, LOSS_ONLY, MEMORY, REGISTRY
 
@@ -100,10 +102,7 @@ def accuracy_error(output: Tensor, target: Tensor) -> float:
 
 
 def precision_error(output: Tensor, target: Tensor) -> float:
-    """1 - average precision: the mean precision at the rank of each positive row."""
-    ranked = target[output[:, 0].argsort(descending=True, stable=True)]
-    precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)
-    return 1 - float((precision * ranked).sum() / ranked.sum())
+    return 1 - average_precision(output[:, 0], target)
 
 
 def multi_digits(seed: int) -> Problem:
@@ -189,16 +188,6 @@ def compare(
             runs[method].append(train(problem, method, problem.tasks, steps, seed))
             advance()
     return runs
-
-
-def delta_m(errors: dict[str, float], single: dict[str, float]) -> float:
-    """Mean relative change of the error against single task in percent: lower is better."""
-    return 100 * statistics.mean((errors[task] - single[task]) / single[task] for task in single)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def rows_of(runs: dict[str, list[Run]]) -> list[list[str]]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import mtlkernels as mtl
 from mtlkernels import plot
 from mtlkernels._optional import MissingPackageError, require
+from mtlkernels.demo import spread
 from mtlkernels.grouping import Groups
 from mtlkernels.tabular import Table, batches, load_qm9, load_yeast
 
@@ -168,11 +169,6 @@ def compare(name: str, seeds: int, steps: int, rows: int | None) -> tuple[dict[s
 def delta_m(scores: dict[str, float], single: dict[str, float]) -> float:
     """Mean relative change of the error against single task in percent: lower is better."""
     return 100 * statistics.mean((scores[task] - single[task]) / single[task] for task in single)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def table(runs: dict[str, list[Run]], tasks: Sequence[str]) -> list[list[str]]:
