@@ -4,16 +4,15 @@
 // In float32 (float64 for float64) in the order of the rows and without fused multiply-adds, as every backend does it: all give
 // the same bits. A block of random words is drawn into the first-level cache, then used up.
 
-#include <type_traits>
-
+#include "blocks.h"
 #include "random.h"
 #include "vector.h"
 
 namespace mtlkernels::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector, and of the 4 words of a counter
-constexpr int kRows = 8;          // rows per sweep: their pointers and sums stay in registers
+static_assert(kBlock % 4 == 0);  // the words of a counter
+constexpr int kRows = 8;         // rows per sweep: their pointers and sums stay in registers
 
 /// Sums of an element's K gradients, in one lane each: of the positive and of the negative magnitudes, and the leaks of both.
 template <typename V>
@@ -94,10 +93,9 @@ void drop_block(const S* const* rows, const S* leak, int num_rows, const uint32_
   run(rows + r, leak + r, words, count, sums, out, stream);
 }
 
-/// Blocks of rows are read as S where they lie or from a copy, and results of T written where they belong or scattered there.
+/// Computed as S, written as T.
 template <typename S, typename T>
 void drop_range(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out) {
-  const bool in_place = column.layout.dim == 0 && std::is_same_v<S, T>;
   const int num_rows = column.num_rows;
   Scratch scratch((size_t(num_rows + 5) * kBlock + size_t(num_rows)) * sizeof(S) + size_t(num_rows) * (sizeof(S*) + 4));
   Scratch bits((kBlock + kWordsBeyond) * sizeof(uint32_t));
@@ -119,30 +117,13 @@ void drop_range(const Column& column, const Drop& drop, int64_t begin, int64_t e
     leaks |= drop.leak[k] != 0;
   }
   const auto run = leaks ? drop_block<S, true> : drop_block<S, false>;
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = end - at < kBlock ? end - at : kBlock, whole = count / kLanes<S> * kLanes<S>;
-    S* to = in_place ? static_cast<S*>(out.rows[0]) + at : results;
-    if (used == 0) {
-      std::memset(to, 0, size_t(count) * sizeof(S));
-    } else {
-      for (int r = 0; r < used; ++r) rows[r] = read_row<S>(column, task[r], at, count, values + r * kBlock);
-      random.fill(at, count, words);
-      const bool stream = in_place && out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-      run(rows, leak, used, words, whole, sums, to, stream);
-      if (whole < count) {  // a vector's worth of copies
-        S last[kLanes<S>] = {};
-        for (int r = 0; r < used; ++r) {
-          S* copy = values + r * kBlock;
-          std::memmove(copy, rows[r] + whole, size_t(count - whole) * sizeof(S));
-          rows[r] = copy;
-        }
-        run(rows, leak, used, words + whole, kLanes<S>, sums, last, false);
-        std::memcpy(to + whole, last, size_t(count - whole) * sizeof(S));
-      }
-    }
-    if (!in_place) store_row(results, column.layout, out, at, count, static_cast<T*>(out.rows[0]));
-  }
-  if (out.stream) fence_streaming();
+  for_blocks<S, T>(
+      column, begin, end, out, used, rows, values, results,
+      [&](int64_t at, int64_t count) {
+        for (int r = 0; r < used; ++r) rows[r] = read_row<S>(column, task[r], at, count, values + r * kBlock);
+        random.fill(at, count, words);
+      },
+      [&](int64_t from, int64_t count, S* to, bool stream) { run(rows, leak, used, words + from, count, sums, to, stream); });
 }
 
 }  // namespace

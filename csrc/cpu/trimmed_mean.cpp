@@ -5,15 +5,13 @@
 // that one of the largest, and what comes out there is added to the sum. The order is that of numbers with NaN past the
 // largest.
 
-#include <type_traits>
-
+#include "blocks.h"
 #include "vector.h"
 
 namespace mtlkernels::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector
-constexpr int kAnyTrim = -1;      // the class for what does not fit in registers
+constexpr int kAnyTrim = -1;  // the class for what does not fit in registers
 
 /// The smaller stays, the larger goes on.
 template <typename V>
@@ -84,10 +82,9 @@ Block<S> pick_block(int trim) {
   }
 }
 
-/// Blocks of rows are read as S where they lie or from a copy, and results of T written where they belong or scattered there.
+/// Computed as S, written as T.
 template <typename S, typename T>
 void trim_range(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out) {
-  const bool in_place = column.layout.dim == 0 && std::is_same_v<S, T>;
   Scratch places(size_t(column.num_rows) * sizeof(int));
   int* task = places.as<int>();
   int used = 0;
@@ -101,30 +98,13 @@ void trim_range(const Column& column, const Trim& trim, int64_t begin, int64_t e
   S *values = scratch.as<S>(), *zeros = values + used * kBlock, *results = zeros + kBlock;
   std::memset(zeros, 0, kBlock * sizeof(S));
   const Block<S> run = pick_block<S>(dropped);
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = end - at < kBlock ? end - at : kBlock, whole = count / kLanes<S> * kLanes<S>;
-    S* to = in_place ? static_cast<S*>(out.rows[0]) + at : results;
-    if (used == 0) {
-      std::memset(to, 0, size_t(count) * sizeof(S));
-    } else {
-      for (int r = 0; r < used; ++r)
-        rows[r] = column.rows[task[r]] ? read_row<S>(column, task[r], at, count, values + r * kBlock) : zeros;
-      const bool stream = in_place && out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
-      run(rows, used, dropped, whole, kept.as<S>(), to, stream);
-      if (whole < count) {  // a vector's worth of copies
-        S last[kLanes<S>] = {};
-        for (int r = 0; r < used; ++r) {
-          S* copy = values + r * kBlock;
-          std::memmove(copy, rows[r] + whole, size_t(count - whole) * sizeof(S));
-          rows[r] = copy;
-        }
-        run(rows, used, dropped, kLanes<S>, kept.as<S>(), last, false);
-        std::memcpy(to + whole, last, size_t(count - whole) * sizeof(S));
-      }
-    }
-    if (!in_place) store_row(results, column.layout, out, at, count, static_cast<T*>(out.rows[0]));
-  }
-  if (out.stream) fence_streaming();
+  for_blocks<S, T>(
+      column, begin, end, out, used, rows, values, results,
+      [&](int64_t at, int64_t count) {
+        for (int r = 0; r < used; ++r)
+          rows[r] = column.rows[task[r]] ? read_row<S>(column, task[r], at, count, values + r * kBlock) : zeros;
+      },
+      [&](int64_t, int64_t count, S* to, bool stream) { run(rows, used, dropped, count, kept.as<S>(), to, stream); });
 }
 
 }  // namespace
