@@ -5,7 +5,6 @@ leaves float32's range), rounded once to the gradients' dtype. All but mix do no
 their result may be one of the rows.
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +31,7 @@ from .launch import (
     table_of,
     upload,
 )
+from .placing import entangled
 from .tiles import VECTOR_BYTES, at_element, find_chunk, load_tile, vector_count
 
 CLASSES = (2, 4, 8, 16, 64, 256)
@@ -251,7 +251,7 @@ def combine_(out: Sequence[Tensor], flat: Sequence[Tensor | None], weights: Tens
     columns, _ = _columns(flat, weights)
     check_buffers(out, columns)
     per = "tensor" if weights.dim() == 2 else "result"
-    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), per, _entangled(out, columns))
+    _run(columns, [[t] for t in out], weights.reshape(-1, weights.shape[-1]), per, entangled(out, columns))
 
 
 def combine_channels(flat: Sequence[Tensor | None], weights: Tensor) -> list[Tensor]:
@@ -266,7 +266,7 @@ def combine_channels_(out: Sequence[Tensor], flat: Sequence[Tensor | None], weig
     """The op ``combine_channels_``; buffers as of :func:`combine_`."""
     columns, _ = _columns(flat, weights)
     check_buffers(out, columns)
-    _run(columns, [[t] for t in out], weights, "channel", _entangled(out, columns))
+    _run(columns, [[t] for t in out], weights, "channel", entangled(out, columns))
 
 
 def mix(flat: Sequence[Tensor | None], coefficients: Tensor) -> list[Tensor]:
@@ -275,32 +275,3 @@ def mix(flat: Sequence[Tensor | None], coefficients: Tensor) -> list[Tensor]:
     results = [[torch.empty_like(model) for _ in range(coefficients.shape[0])] for model in models]
     _run(columns, results, coefficients, "result")
     return [own[m] for m in range(coefficients.shape[0]) for own in results]
-
-
-def _entangled(out: Sequence[Tensor], columns: Sequence[Sequence[Tensor | None]]) -> list[bool]:
-    """For each buffer whether it reaches into memory of a gradient that is not exactly itself.
-
-    Only for buffers without gaps, which do not reach into each other: others are never written by the kernel.
-    """
-    extents = sorted((*_extent(t), n) for n, t in enumerate(out) if t.numel() and lie_alike([t]))
-    begins = [begin for begin, _, _ in extents]
-    ends = [end for _, end, _ in extents]
-    flags = [False] * len(out)
-    for n, column in enumerate(columns):
-        for row in column:
-            if row is None or not row.numel():
-                continue
-            begin, end = _extent(row)
-            at = bisect_right(ends, begin)
-            while at < len(extents) and begins[at] < end:
-                owner = extents[at][2]
-                same = owner == n and row.data_ptr() == out[n].data_ptr() and row.stride() == out[n].stride()
-                flags[owner] |= not same
-                at += 1
-    return flags
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """First byte of a tensor, and one past its last."""
-    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..checks import check_buffers
 from ..memory import _check_memory
-from .combine import _entangled
 from .launch import (
     NVIDIA,
     TYPES,
@@ -30,6 +29,7 @@ from .launch import (
     table_of,
     upload,
 )
+from .placing import entangled
 from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, vector_count
 
 THREADS = 256
@@ -126,7 +126,7 @@ def memory_combine_(
     rows: list[list[Tensor | None]] = []
     targets: list[Tensor] = []
     copies: list[tuple[Tensor, Tensor]] = []
-    for n, (column, buffer, aside) in enumerate(zip(columns, out, _entangled(out, columns), strict=True)):
+    for n, (column, buffer, aside) in enumerate(zip(columns, out, entangled(out, columns), strict=True)):
         own, target = list(memory[n :: len(out)]), torch.empty_like(buffer) if aside else buffer
         if not lie_alike([*column, *own, target]):
             column = [None if t is None else t.contiguous() for t in column]

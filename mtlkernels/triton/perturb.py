@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import check_buffers
-from .combine import _entangled
 from .launch import (
     NVIDIA,
     TYPES,
@@ -22,13 +21,11 @@ from .launch import (
     addresses,
     by_kernel,
     chip_of,
-    contiguous,
-    guard,
-    lie_alike,
     split,
     table_of,
     upload,
 )
+from .placing import entangled, run_placed
 from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, vector_count
 
 THREADS = 256
@@ -98,17 +95,9 @@ def perturb_(out: Sequence[Tensor], params: Sequence[Tensor], grads: Sequence[Te
         return
     if radii.device != out[0].device or radii.shape != (len(out),):
         raise ValueError(f"radii is {tuple(radii.shape)} on {radii.device}; pass [{len(out)}] on {out[0].device}.")
-    rows, targets = [], []
-    for column, buffer, aside in zip(columns, out, _entangled(out, columns), strict=True):
-        target = buffer
-        if not lie_alike([*column, buffer]):
-            column = contiguous(column)
-            target = buffer if buffer.is_contiguous() else torch.empty_like(buffer, memory_format=torch.contiguous_format)
-        rows.append(column)
-        targets.append(torch.empty_like(target) if aside else target)
-    with guard(out[0].device):
-        for launch in plan(rows, targets, radii, adaptive):  # type: ignore[arg-type]  # no row is None
-            launch()
-    for buffer, value in zip(out, targets, strict=True):
-        if value is not buffer:
-            buffer.copy_(value)
+    run_placed(
+        columns,
+        out,
+        entangled(out, columns),
+        lambda rows, targets: plan(rows, targets, radii, adaptive),  # type: ignore[arg-type]  # no row is None
+    )

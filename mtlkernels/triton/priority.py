@@ -17,7 +17,6 @@ from torch import Tensor
 from ..checks import check_buffers
 from ..priority import Tops, check_tops
 from ..reference import like, num_channels
-from .combine import _entangled
 from .launch import (
     NVIDIA,
     TYPES,
@@ -34,6 +33,7 @@ from .launch import (
     table_of,
     upload,
 )
+from .placing import entangled
 from .tiles import VECTOR_BYTES, at_element, find_chunk, load_tile, vector_count
 
 CLASSES = (2, 4, 8, 16, 64)
@@ -246,7 +246,7 @@ def _run(
     if out is not None:
         check_buffers(out, columns)
     results = [torch.empty_like(cast(Tensor, like(column))) for column in columns] if out is None else list(out)
-    aside = [False] * len(results) if out is None else _entangled(results, columns)
+    aside = [False] * len(results) if out is None else entangled(results, columns)
     layers, copies = [], []
     for rows, own, tasks, kept_aside in zip(columns, results, top, aside, strict=True):
         target = own
