@@ -55,6 +55,8 @@ class Decisions(WrappedOptimizer):
     update_every: int
     max_norm: float | None
     on_nonfinite: str
+    _crosses: bool
+    """Whether the weighting takes two batches."""
     _roles: Roles
     _held: HeldWeights
 
@@ -99,7 +101,7 @@ class Decisions(WrappedOptimizer):
         """Weights on the device: the info, those to apply ([K] or [M, K], of two batches 2K) and those of the heads."""
         weighting, tracked, count = self.weighting, batch.tracked, len(batch.tasks)
         assert isinstance(weighting, Weighting)
-        crosses = takes_cross(weighting)
+        crosses = self._crosses
         rows = 2 * count if crosses else count
         finite = gram.diagonal(dim1=-2, dim2=-1) < torch.inf  # squared norms: false for inf and NaN
         finite = (finite if finite.dim() == 1 else finite.all(0))[:rows]

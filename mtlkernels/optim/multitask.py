@@ -135,6 +135,7 @@ class MultiTaskOptimizer(Decisions):
             raise ValueError(f'update_every is {update_every}: one backward pass has one set of weights; pass per="model".')
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
+        self._crosses = takes_cross(weighting)
         self._one_pass = self._takes_loss_only and isinstance(weighting, Weighting) and weighting.loss_only
         check_options(weighting, self._one_pass, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
         params = self.params
@@ -211,7 +212,7 @@ class MultiTaskOptimizer(Decisions):
         Raises:
             As :meth:`backward`. Whatever is raised, the sums are as before, too.
         """
-        if takes_cross(self.weighting):
+        if self._crosses:
             raise ValueError(
                 f"accumulate takes one batch, and {type(self.weighting).__name__} two; call backward for every micro-batch."
             )
@@ -345,7 +346,7 @@ class MultiTaskOptimizer(Decisions):
         kept: Snapshot,
         other: Losses | None = None,
     ) -> StepInfo:
-        check_second(self.weighting, other)
+        check_second(self.weighting, self._crosses, other)
         if self._one_pass:
             return backward_of_losses(self, *self._begin(losses, scaler, accumulate), accumulate, kept)
         computes, ranks = self._held.left <= 0, self.ranks

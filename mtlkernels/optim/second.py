@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..weightings.cross.base import takes_cross
 from .losses import Losses, order_losses
 from .roles import Task
 
 
-def check_second(weighting: torch.nn.Module, other: Losses | None) -> None:
-    """Raises a ``ValueError`` unless there is a second batch just where the weighting takes one."""
-    name, crosses = type(weighting).__name__, takes_cross(weighting)
+def check_second(method: object, crosses: bool, other: Losses | None) -> None:
+    """Raises a ``ValueError`` unless there is a second batch just where the method ``crosses``, takes one."""
+    name = type(method).__name__
     if crosses and other is None:
         raise ValueError(f"{name} takes two independent batches; pass other=losses of the second.")
     if not crosses and other is not None:
