@@ -37,7 +37,7 @@ TASKS = ("left", "right")
 SINGLE = "single task"
 SETS = {"fashion": ("fashion", "fashion"), "mnist": ("mnist", "mnist"), "both": ("fashion", "mnist")}
 TITLES = {"fashion": "MultiFashion", "mnist": "MultiMNIST", "both": "MultiFashion+MNIST"}
-STEPS = {"lenet": 400, "resnet": 150}
+STEPS = {"lenet": 400, "resnet": 400}
 """Of training."""
 RADIUS = 0.5
 """That sharpness is measured with."""
