@@ -1,5 +1,5 @@
 #pragma once
-// Gram matrix for more than eight tasks, on the tensor cores.
+// Gram matrix for more than eight tasks, of 16 bits for more than four, on the tensor cores.
 //
 // With X the rows [R, elements], G = X X'. Lane l of a warp loads 16 bytes of rows l / 4, l / 4 + 8, ..., at quarter l % 4 of
 // 64 bytes. These registers are the fragments of X as a matrix instruction wants them, and of X', too, because a sum over the
@@ -52,7 +52,7 @@ struct Multiplier {  // bfloat16 and half
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[S::groups][2];
+      uint32_t words[S::groups == 1 ? 2 : S::groups][2] = {};  // a tile's second group is zero where there is one
 #pragma unroll
       for (int g = 0; g < S::groups; ++g) part(g, half, words[g]);
       int tile = 0;
@@ -232,9 +232,9 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
     partials[int64_t(table.first_block + blockIdx.x) * num_pairs(R) + p] = products[p];
 }
 
-/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
+/// partials[block][pair] = products of one chunk, for R = 8 (of 16 bits), 16 or 64 rows at most; as gram_chunks.
 template <typename T, int R>
-__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
+__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R <= 16 ? 2 : 1)
     gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
   gram_on_tensor_cores<T, R, 1>(Multiplier<T, R>(), GradientRows(), table, partials);
 }
