@@ -161,13 +161,19 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Chunk chunk = find_chunk(table, blockIdx.x);
 
-  __shared__ const T* rows[R];  // not in registers, which the sums of 64 rows need
+  __shared__ const T* rows[R];  // and not in registers alone, which the sums of 64 rows need
   bool mine = true;
   for (int k = threadIdx.x; k < R; k += S::threads) {
     rows[k] = k < table.num_pointers ? static_cast<const T*>(table.pointers(chunk.tensor)[k]) : nullptr;
     mine &= is_aligned(rows[k]);
   }
   const bool aligned = __syncthreads_and(mine);
+  const T* own[S::groups];  // the rows that this thread loads
+  if constexpr (R <= 16) {
+#pragma unroll
+    for (int g = 0; g < S::groups; ++g) own[g] = rows[8 * g + lane / 4];
+  }
+  const auto row_of = [&](int group) { return R <= 16 ? own[group] : rows[8 * group + lane / 4]; };
 
   const auto load = [&](int batch, Packed<T>(&to)[S::batch][S::groups]) {
     const int64_t first = chunk.begin + (batch * warps + warp) * S::batch * S::step, e = first + lane % 4 * kLanes<T>;
@@ -176,14 +182,14 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
       for (int b = 0; b < S::batch; ++b)
 #pragma unroll
         for (int g = 0; g < S::groups; ++g) {
-          const T* row = rows[8 * g + lane / 4];
+          const T* row = row_of(g);
           if (row) to[b][g] = load_packed(row + e + b * S::step);
         }
     } else {
 #pragma unroll
       for (int b = 0; b < S::batch; ++b)
 #pragma unroll
-        for (int g = 0; g < S::groups; ++g) to[b][g] = load_tail(rows[8 * g + lane / 4], e + b * S::step, chunk.end);
+        for (int g = 0; g < S::groups; ++g) to[b][g] = load_tail(row_of(g), e + b * S::step, chunk.end);
     }
   };
   Sum<T> sums[S::tiles][S::tile_sums] = {};
@@ -202,7 +208,8 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
   Packed<T> now[S::batch][S::groups];
   load(0, now);
   constexpr bool ahead = parts == 1;
-#pragma unroll 1
+  constexpr int rounds = ahead && R <= 16 ? 2 : 1;  // two, so that the next batch need not move to where the last one was
+#pragma unroll rounds
   for (int round = 0; round < batches * parts; ++round) {
     const int batch = round / parts;
     Packed<T> next[S::batch][S::groups];
