@@ -16,8 +16,18 @@ import kernels  # noqa: E402
 import sass  # noqa: E402
 import torch  # noqa: E402
 from device import setup_script  # noqa: E402
-from kernels import LATENCY_SECONDS, OPS, Kernel, bytes_in_flight_bar, catalogue, compiled, run  # noqa: E402
-from ptxsim.roofline import CHIPS  # noqa: E402
+from kernels import (  # noqa: E402
+    LATENCY_SECONDS,
+    OPS,
+    Kernel,
+    bytes_in_flight_bar,
+    catalogue,
+    compiled,
+    resident_blocks,
+    run,
+)
+from l2 import share_from_dram  # noqa: E402
+from ptxsim.roofline import CHIPS, Chip  # noqa: E402
 
 DOCUMENT = ROOT / "docs/kernels.md"
 NUM_TASKS = (2, 3, 4, 8, 11, 16, 40, 64)
@@ -53,6 +63,15 @@ the op's main launch on each chip and, where that is not DRAM, how much longer i
 are counted in each chip's machine code, as often as its PTX ran. For cross_gram, K is the rows of both operands together.
 """
 
+SECOND_PASS = """
+## What the second pass finds in the L2 cache
+
+`combine` reads what `gram` has just read, chunks and elements from the end, because in order it would find nothing. Bytes of
+gradients that then come from DRAM, of all that it reads: in order -> from the end. A model (tests/l2.py) of a cache that keeps
+what was used last, with the blocks that each kernel has on the chip at once; real caches keep less. float32.
+"""
+MODELS = {"1M": 10**6, "5M": 5 * 10**6, "ResNet-50, 23.5M": 23_508_032, "100M": 10**8}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +103,8 @@ def document() -> str:
     text += BOUNDS.format(resources=", ".join(bounds.times))
     text += table(["op", "dtype", "K", "read", "sectors", "conflicts", *CHIPS], bound_rows())
     slower = [(op, chips, why) for op, chips, _, why in kernels.SLOWER_THAN_DRAM]
-    return text + listing("Slower than DRAM with 16 tasks or fewer", slower)
+    text += listing("Slower than DRAM with 16 tasks or fewer", slower)
+    return text + SECOND_PASS + table(["model", "K", *CHIPS], second_pass_rows())
 
 
 def compiled_rows(found: dict[str, Kernel]) -> list[list[str]]:
@@ -124,6 +144,27 @@ def bound_rows() -> list[list[str]]:
                 chips = [b.binding + ("" if b.binding == "dram" else f" {b.seconds / b.times['dram']:.2f}") for b in bounds]
                 counted = [f"{done.reads:.2f}", f"{done.sectors_over_ideal:.3f}", f"{100 * done.conflicts:.1f} %"]
                 rows.append([op, str(dtype)[6:], str(num_tasks), *counted, *chips])
+    return rows
+
+
+def second_pass_rows() -> list[list[str]]:
+    def at_once(chip: Chip, op: str, num_tasks: int) -> int:
+        launch = run(op, torch.float32, num_tasks).main
+        kernel = compiled(chip.arch)[sass.short_name_of(launch.kernel)]
+        return resident_blocks(chip, kernel, launch) * chip.sms
+
+    rows = []
+    for model, elements in MODELS.items():
+        for num_tasks in (2, 8):
+            cells = []
+            for chip in CHIPS.values():
+                blocks = at_once(chip, "gram", num_tasks), at_once(chip, "combine", num_tasks)
+                shares = [
+                    share_from_dram(elements, num_tasks, 4, chip.l2_bytes, blocks, order)
+                    for order in ("in order", "from the end")
+                ]
+                cells.append(" -> ".join(f"{100 * share:.0f} %" for share in shares))
+            rows.append([model, str(num_tasks), *cells])
     return rows
 
 

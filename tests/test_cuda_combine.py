@@ -31,7 +31,7 @@ class Problem:
         self.weights = ptxsim.empty((len(sizes), num_rows), dtype=np.float64)
         self.weights[...] = random.standard_normal(self.weights.shape if per_tensor else num_rows)
 
-    def run(self, seed: int | None = None, written: bool = True) -> list["ptxsim.Report"]:
+    def run(self, seed: int | None = None, written: bool = True, grid: int | None = None) -> list["ptxsim.Report"]:
         pointers = [
             [address(row[n]) for row in self.rows] + [address(self.out[n]), address(self.weights[n])]
             for n in range(len(self.sizes))
@@ -45,7 +45,7 @@ class Problem:
             reports.append(
                 kernels(self.dtype).launch(
                     f"combine<{self.dtype.cpp}, {class_of(self.num_rows)}>",
-                    grid=blocks,
+                    grid=grid or blocks,
                     block=THREADS,
                     args=[table],
                     mem=[*rows, *self.out, self.weights],
@@ -199,3 +199,12 @@ def test_compiled_code_has_no_spills_and_leaves_room_for_warps(arch):
     for name, used in resources.items():
         assert used["spill_loads"] == used["spill_stores"] == used["stack"] == 0, name
         assert used["registers"] <= 128, name
+
+
+def test_the_first_block_takes_the_last_chunk():
+    problem = Problem(FLOAT32, 2, [CHUNK, CHUNK + 9])
+    problem.run(written=False, grid=1)
+    value = problem.expected()[0][1]
+    assert np.allclose(problem.out[1][CHUNK:], value[CHUNK:], atol=1e-5)
+    assert not problem.out[1][:CHUNK].any()
+    assert not problem.out[0].any()

@@ -16,7 +16,8 @@ NUM_ROWS = [1, 2, 3, 4, 5, 8, 9, 11, 16, 17, 64]
 
 
 def kernel(dtype: DType, rows_class: int) -> tuple["ptxsim.Module", str]:
-    header, name = ("gram.cuh", "gram_chunks") if rows_class <= 8 else ("gram_tensor_core.cuh", "gram_tensor_core")
+    registers = rows_class <= (4 if dtype.storage().itemsize == 2 else 8)
+    header, name = ("gram.cuh", "gram_chunks") if registers else ("gram_tensor_core.cuh", "gram_tensor_core")
     instance = f"{name}<{dtype.cpp}, {rows_class}>"
     return compile_kernels(header, f"{instance}({TABLE}, double*)"), instance
 
@@ -299,8 +300,10 @@ def check_channels(
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=repr)
 def test_compiled_code_has_no_spills_and_leaves_room_for_warps(dtype, arch):
-    chunks = {f"gram_chunks<{dtype.cpp}, {k}>({TABLE}, double*)": 128 for k in (1, 2, 3, 4, 8)}
-    tensor_core = {f"gram_tensor_core<{dtype.cpp}, {k}>({TABLE}, double*)": 128 if k == 16 else 255 for k in (16, 64)}
+    narrow = dtype.storage().itemsize == 2
+    chunks = {f"gram_chunks<{dtype.cpp}, {k}>({TABLE}, double*)": 128 for k in ((1, 2, 3, 4) if narrow else (1, 2, 3, 4, 8))}
+    classes = {8: 128, 16: 128, 64: 255} if narrow else {16: 128, 64: 255}
+    tensor_core = {f"gram_tensor_core<{dtype.cpp}, {k}>({TABLE}, double*)": bound for k, bound in classes.items()}
     rooms = {2: 80, 4: 128, 8: 168, 64: 255}
     channels = {f"gram_channels<{dtype.cpp}, {k}>({TABLE}, int32_t)": bound for k, bound in rooms.items()}
     # Two blocks of 256 threads fit beside each other up to 128 registers.

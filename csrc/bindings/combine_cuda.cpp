@@ -1,6 +1,7 @@
 // combine, combine_channels, both in place, and mix on CUDA: a launch per dtype, on the current stream of the tensors' device.
 
 #include <algorithm>
+#include <iterator>
 
 #include "combine.h"
 #include "cuda_call.h"
@@ -45,7 +46,8 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per 
   std::vector<void*> pointers(columns.size() * most);
   for (int64_t first = 0; first < num_out; first += at_once) {
     const int64_t count = std::min(at_once, num_out - first);
-    for (DType dtype : kDTypes) {
+    for (auto each = std::rbegin(kDTypes); each != std::rend(kDTypes); ++each) {  // against the Gram's order
+      const DType dtype = *each;
       std::vector<PlannedTensor> tensors;
       for (int64_t n = 0; n < columns.size(); ++n) {
         if (columns[n].dtype != dtype || columns[n].layout.numel == 0) continue;

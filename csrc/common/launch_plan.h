@@ -67,6 +67,12 @@ MTL_HOST_DEVICE inline Chunk find_chunk(const TensorTable& table, int block, int
   return {low, begin, begin + chunk_size < numel ? begin + chunk_size : numel};
 }
 
+/// The same with a launch's blocks counted from its end. For what is read a second time: where that pass begins, the L2 cache
+/// still holds what the first one read last. The launches then go in reverse order, too.
+MTL_HOST_DEVICE inline Chunk find_chunk_from_end(const TensorTable& table, int block, int32_t chunk_size = kDeviceChunk) {
+  return find_chunk(table, table.block_offsets()[table.num_tensors] - 1 - block, chunk_size);
+}
+
 /// A tensor as the plan sees it: pointers [num_pointers] and its elements. Tensors without elements are left out by the caller.
 struct PlannedTensor {
   void* const* pointers;

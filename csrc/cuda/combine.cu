@@ -43,8 +43,8 @@ Kernel pick_channels(DType dtype, int num_rows) {
 }
 
 const char* launch_each(Kernel kernel, const std::vector<Launch>& launches, Stream stream) {
-  for (const Launch& launch : launches) {
-    kernel<<<launch.num_blocks, kCombineThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch.table);
+  for (auto launch = launches.rbegin(); launch != launches.rend(); ++launch) {
+    kernel<<<launch->num_blocks, kCombineThreads, 0, static_cast<cudaStream_t>(stream)>>>(launch->table);
     if (const char* error = last_error()) return error;
   }
   return nullptr;

@@ -3,7 +3,7 @@
 //
 // The weights stay on the device. Sums are float32 (float64 for float64 gradients, and where a weight leaves float32's range)
 // in the order of k, rounded to the gradients' dtype at the end. A row whose weight is exactly 0 is not read. The result may be
-// one of the rows.
+// one of the rows. Chunks are taken from the last to the first: a Gram of the same rows has usually been computed just before.
 
 #include "../common/launch_plan.h"
 #include "reduce.cuh"
@@ -98,15 +98,16 @@ struct ManyRows {
   }
 };
 
-/// Elements [begin, end) by `threads` threads, of which the caller is `thread`.
+/// Elements [begin, end) by `threads` threads, of which the caller is `thread`; from the end, as the chunks.
 template <typename T, typename S, typename Rows, int batch, int threads>
 __device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int thread, int64_t begin, int64_t end) {
   const Rows rows(arguments, 0);
   T* out = arguments.result<T>();
-  constexpr int64_t step = threads * kLanes<T>;
+  constexpr int64_t step = threads * kLanes<T>, round = batch * step;
   const int64_t vectors_end = aligned ? begin + (end - begin) / kLanes<T> * kLanes<T> : begin;
+  const int64_t last_round = begin + (vectors_end - begin - 1) / round * round;
 #pragma unroll 1
-  for (int64_t e = begin + thread * kLanes<T>; e < vectors_end; e += batch * step) {
+  for (int64_t e = last_round + thread * kLanes<T>; vectors_end > begin && e >= begin; e -= round) {
     S sums[batch][kLanes<T>] = {};
     rows.add_vectors(e, step, vectors_end, sums);
 #pragma unroll
@@ -163,7 +164,7 @@ __device__ inline void combine_elements(const CombineArguments& arguments, int t
 /// One block per chunk of kDeviceChunk elements.
 template <typename T, int K>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine(const __grid_constant__ TensorTable table) {
-  const Chunk chunk = find_chunk(table, blockIdx.x);
+  const Chunk chunk = find_chunk_from_end(table, blockIdx.x);
   combine_elements<T, K, kCombineThreads>(CombineArguments(table, chunk.tensor), threadIdx.x, chunk.begin, chunk.end);
 }
 
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine(const __grid_const
 /// The table counts channels as elements.
 template <typename T, int K>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_channels(const __grid_constant__ TensorTable table) {
-  const Chunk chunk = find_chunk(table, blockIdx.x, kCombineChannels);
+  const Chunk chunk = find_chunk_from_end(table, blockIdx.x, kCombineChannels);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll 1
   for (int64_t channel = chunk.begin + warp; channel < chunk.end; channel += kCombineThreads / kWarpSize) {

@@ -16,7 +16,11 @@ ChunkKernel pick_chunks(int rows_class) {
     case 2: return mtlkernels::gram_chunks<T, 2>;
     case 3: return mtlkernels::gram_chunks<T, 3>;
     case 4: return mtlkernels::gram_chunks<T, 4>;
-    case 8: return mtlkernels::gram_chunks<T, 8>;
+    case 8:
+      if constexpr (sizeof(T) == 2)
+        return gram_tensor_core<T, 8>;
+      else
+        return mtlkernels::gram_chunks<T, 8>;
     case 16: return gram_tensor_core<T, 16>;
     default: return gram_tensor_core<T, 64>;
   }

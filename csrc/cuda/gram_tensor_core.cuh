@@ -1,5 +1,5 @@
 #pragma once
-// Gram matrix for more than eight tasks, on the tensor cores.
+// Gram matrix for more than eight tasks, of 16 bits for more than four, on the tensor cores.
 //
 // With X the rows [R, elements], G = X X'. Lane l of a warp loads 16 bytes of rows l / 4, l / 4 + 8, ..., at quarter l % 4 of
 // 64 bytes. These registers are the fragments of X as a matrix instruction wants them, and of X', too, because a sum over the
@@ -52,7 +52,7 @@ struct Multiplier {  // bfloat16 and half
     };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[S::groups][2];
+      uint32_t words[S::groups == 1 ? 2 : S::groups][2] = {};  // a tile's second group is zero where there is one
 #pragma unroll
       for (int g = 0; g < S::groups; ++g) part(g, half, words[g]);
       int tile = 0;
@@ -161,13 +161,19 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Chunk chunk = find_chunk(table, blockIdx.x);
 
-  __shared__ const T* rows[R];  // not in registers, which the sums of 64 rows need
+  __shared__ const T* rows[R];  // and not in registers alone, which the sums of 64 rows need
   bool mine = true;
   for (int k = threadIdx.x; k < R; k += S::threads) {
     rows[k] = k < table.num_pointers ? static_cast<const T*>(table.pointers(chunk.tensor)[k]) : nullptr;
     mine &= is_aligned(rows[k]);
   }
   const bool aligned = __syncthreads_and(mine);
+  const T* own[S::groups];  // the rows that this thread loads
+  if constexpr (R <= 16) {
+#pragma unroll
+    for (int g = 0; g < S::groups; ++g) own[g] = rows[8 * g + lane / 4];
+  }
+  const auto row_of = [&](int group) { return R <= 16 ? own[group] : rows[8 * group + lane / 4]; };
 
   const auto load = [&](int batch, Packed<T>(&to)[S::batch][S::groups]) {
     const int64_t first = chunk.begin + (batch * warps + warp) * S::batch * S::step, e = first + lane % 4 * kLanes<T>;
@@ -176,14 +182,14 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
       for (int b = 0; b < S::batch; ++b)
 #pragma unroll
         for (int g = 0; g < S::groups; ++g) {
-          const T* row = rows[8 * g + lane / 4];
+          const T* row = row_of(g);
           if (row) to[b][g] = load_packed(row + e + b * S::step);
         }
     } else {
 #pragma unroll
       for (int b = 0; b < S::batch; ++b)
 #pragma unroll
-        for (int g = 0; g < S::groups; ++g) to[b][g] = load_tail(rows[8 * g + lane / 4], e + b * S::step, chunk.end);
+        for (int g = 0; g < S::groups; ++g) to[b][g] = load_tail(row_of(g), e + b * S::step, chunk.end);
     }
   };
   Sum<T> sums[S::tiles][S::tile_sums] = {};
@@ -202,7 +208,8 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
   Packed<T> now[S::batch][S::groups];
   load(0, now);
   constexpr bool ahead = parts == 1;
-#pragma unroll 1
+  constexpr int rounds = ahead && R <= 16 ? 2 : 1;  // two, so that the next batch need not move to where the last one was
+#pragma unroll rounds
   for (int round = 0; round < batches * parts; ++round) {
     const int batch = round / parts;
     Packed<T> next[S::batch][S::groups];
@@ -232,9 +239,9 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
     partials[int64_t(table.first_block + blockIdx.x) * num_pairs(R) + p] = products[p];
 }
 
-/// partials[block][pair] = products of one chunk, for R = 16 or 64 rows at most; as gram_chunks.
+/// partials[block][pair] = products of one chunk, for R = 8 (of 16 bits), 16 or 64 rows at most; as gram_chunks.
 template <typename T, int R>
-__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R == 16 ? 2 : 1)
+__global__ void __launch_bounds__(TensorCoreShape<int(sizeof(T)), R>::threads, R <= 16 ? 2 : 1)
     gram_tensor_core(const __grid_constant__ TensorTable table, double* partials) {
   gram_on_tensor_cores<T, R, 1>(Multiplier<T, R>(), GradientRows(), table, partials);
 }

@@ -31,7 +31,7 @@ Kernel pick(DType dtype, int rows_class) {
 
 const char* paired_gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, PairForm form,
                                int32_t first_block, double* partials, Stream stream) {
-  const GramLaunch shape = gram_launch(dtype, num_rows);
+  const GramLaunch shape = gram_launch(dtype, num_rows, true);
   const Kernel kernel = pick(dtype, shape.rows_class);
   if (const char* error = allow_shared(kernel, shape.shared_bytes)) return error;
   for (const Launch& launch : plan_launches(tensors, num_rows, kDeviceChunk, first_block)) {

@@ -2,7 +2,8 @@
 
 Each row is read once, each result written once. Sums are float32 (float64 for float64 gradients, and where a coefficient
 leaves float32's range), rounded once to the gradients' dtype. All but mix do not read a row whose weight is exactly 0, and
-their result may be one of the rows.
+their result may be one of the rows. Chunks are taken from the last to the first: a Gram of the same rows has usually been
+computed just before.
 """
 
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def combine_chunks(
     if SINGLE:
         num_results = 1
     S: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
-    pointers, begin, count, number, index = find_chunk(table, num_tensors, num_rows + num_results)
+    pointers, begin, count, number, index = find_chunk(table, num_tensors, num_rows + num_results, FROM_END=True)
     if CHANNELS:
         index += number
     results = pointers + num_rows
@@ -143,8 +144,9 @@ def combine_chunks(
     lanes = tl.arange(0, E)
     if _in_float32_range(wide, num_results * num_rows, 256):
         vectors = vector_count(count, misaligned, E)
-        for start in range(0, vectors, E):
-            _combine_tile(rows, results, narrow, num_rows, num_results, begin, start + lanes, True, T, S, K, True)
+        for start in range(0, vectors, E):  # from the end, as the chunks
+            offsets = vectors - E - start + lanes
+            _combine_tile(rows, results, narrow, num_rows, num_results, begin, offsets, True, T, S, K, True)
         for start in range(vectors, count, E):
             offsets = start + lanes
             _combine_tile(rows, results, narrow, num_rows, num_results, begin, offsets, offsets < count, T, S, K, False)
@@ -163,7 +165,7 @@ class Column(NamedTuple):
 
 
 def plan(columns: Sequence[Column], coefficients: Tensor, per_channel: bool = False) -> list[Launch]:
-    """A launch per dtype; ``per_channel``: every chunk is a channel.
+    """A launch per dtype, the last one's first, against the Gram's order; ``per_channel``: every chunk is a channel.
 
     Besides, one copy of the pointer tables and at most two casts of the coefficients.
     """
@@ -187,7 +189,7 @@ def plan(columns: Sequence[Column], coefficients: Tensor, per_channel: bool = Fa
         narrow = wide if dtype == torch.float64 else coefficients.to(torch.float32).contiguous()
         arguments = (table, narrow, wide, len(group), num_rows, num_results)
         launches.append(Launch(combine_chunks, blocks, arguments, *metas[dtype]))
-    return launches
+    return launches[::-1]
 
 
 def _run(

@@ -12,13 +12,17 @@ VECTOR_BYTES = tl.constexpr(16)
 
 
 @triton.jit
-def find_chunk(table, num_tensors, num_pointers):
-    """The chunk of this program.
+def find_chunk(table, num_tensors, num_pointers, FROM_END: tl.constexpr = False):
+    """The chunk of this program. FROM_END: the first program has the last chunk.
+
+    The latter is for what is read a second time: where that pass begins, the L2 cache still holds what the first one read last.
 
     Returns the place of its tensor's pointers, its first element, its number of elements (int64), its number within the tensor
     and the tensor's own index. The tensor is found by binary search among the first blocks.
     """
     block = tl.program_id(0)
+    if FROM_END:
+        block = tl.num_programs(0) - 1 - block
     tensor = 0
     past = num_tensors
     while past - tensor > 1:
