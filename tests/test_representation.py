@@ -200,12 +200,14 @@ def test_absent_tasks(source):
             torch.testing.assert_close(actual, value, **EXACT)
 
 
-def test_a_branch_of_one_task_below_the_representation():
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_branch_of_one_task_below_the_representation(source):
     """Its parameters, named as nobody's, get that task's gradient; the trunk below both is run again for it."""
     torch.manual_seed(0)
     trunk, branch, heads = nn.Linear(4, 5), nn.Linear(5, 5), nn.ModuleDict({task: nn.Linear(5, 1) for task in "ab"})
     model = nn.ModuleList([trunk, branch, heads]).double()
-    optimizer = mtl.MultiTaskOptimizer(torch.optim.SGD(model.parameters(), 0.1), Given([0.3, 0.7]), shared=trunk.parameters())
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = mtl.MultiTaskOptimizer(inner, Given([0.3, 0.7]), shared=trunk.parameters(), gradients=source)
 
     def losses() -> tuple[list[Tensor], list[Tensor]]:
         first = trunk(batch().double()).tanh()
@@ -214,7 +216,10 @@ def test_a_branch_of_one_task_below_the_representation():
 
     both, z = losses()
     optimizer.backward(both, representation=z)
+    both, z = losses()
+    optimizer.backward(both, representation=z)  # on top, where a stray gradient would show, too
     again, _ = losses()
+    again = [2 * loss for loss in again]
     torch.testing.assert_close(branch.weight.grad, torch.autograd.grad(again[1], branch.weight, retain_graph=True)[0], **EXACT)
     expected = torch.autograd.grad(0.3 * again[0] + 0.7 * again[1], trunk.weight)[0]
     torch.testing.assert_close(trunk.weight.grad, expected, **EXACT)

@@ -185,9 +185,7 @@ class RepresentationGram(GramSource):
         if all(grad is None for row in self.rows for grad in row):
             raise ValueError("no loss reaches the representation; pass what the heads were given.")
         with torch.no_grad():
-            ranks = optimizer.ranks
             gram = optimizer._unscaled(optimizer._gram(Problems("model", tensors), self.rows, tensors, tasks), scale)
-            gram = gram / (ranks.size * ranks.scale) ** 2  # of the losses' means over ranks, each with a batch of its own
             own_gram = self._own_gram(live, tasks) if optimizer.on_nonfinite == "drop_task" and own else None
             self._hold(tasks, losses, gram, own_gram)
 
@@ -213,7 +211,7 @@ class RepresentationGram(GramSource):
             rows, self.rows = self.rows, []
             combined = ops.combine(rows, weights, out=update_buffers(rows, tensors))
             del rows
-            heads = self._without_dropped(self.own)
+            heads, self.own = self._without_dropped(self.own), []
         total = weights.new_zeros(())
         with torch.enable_grad():  # whose gradient with respect to each tensor is what was combined
             for tensor, grad in zip(tensors, combined, strict=True):
