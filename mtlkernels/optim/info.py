@@ -27,7 +27,7 @@ class StepInfo:
         skipped: bool scalar, whether the update had to be skipped because it was not finite.
         host_reads: how many times this layer read the device, in ``backward`` and the ``step`` that followed.
         gram_error: float64 [K, K], with ``gram_losses`` of two halves: the standard error of each entry of ``gram`` as an
-            estimate of the whole batch's, to first order and from one pair of halves; its square is right on average.
+            estimate for all data, to first order and from one pair of halves; its square is right on average.
         gram_bias: float64 [K, K], with the same: what noise adds to ``gram``, right on average; ``gram - gram_bias`` is
             unbiased, and need not be positive semidefinite.
     """
