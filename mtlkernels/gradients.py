@@ -141,8 +141,8 @@ def check_heads_in_graph(
         for param in params:
             if param.requires_grad and id(param) not in reached:
                 raise ValueError(
-                    f"update_every needs the head {name(param)} in the graph, where a reentrant checkpoint hides it; use "
-                    "checkpoint(..., use_reentrant=False) in the heads, or update_every=1."
+                    f"update_every and gram_losses need the head {name(param)} in the graph, where a reentrant checkpoint "
+                    "hides it; use checkpoint(..., use_reentrant=False) in the heads, or neither of the two."
                 )
 
 

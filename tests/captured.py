@@ -145,6 +145,19 @@ def accumulating(loop: Loop):
     return loop.optimizer.step(loop.losses())
 
 
+def at_the_representation(loop: Loop):
+    z = loop.model.encoder(loop.x)
+    losses = {task: (head(z) - k).square().mean() for k, (task, head) in enumerate(loop.model.heads.items())}
+    return loop.optimizer.step(losses, representation=z, scaler=loop.scaler)
+
+
+def of_halves_of_a_sub_batch(loop: Loop):
+    def half(rows: slice) -> dict[str, Tensor]:
+        return {task: (y - k).square().mean() for k, (task, y) in enumerate(loop.model(loop.x[rows]).items())}
+
+    return loop.optimizer.step(loop.losses(), gram_losses=[half(slice(0, 2)), half(slice(2, 4))])
+
+
 def scaled(loop: Loop):
     return loop.optimizer.step(loop.losses(), scaler=loop.scaler)
 
@@ -178,6 +191,10 @@ LOOPS = {
     "backward": (multi(), backward_and_step),
     "backward into kept .grad": (multi(), into_kept_memory),
     "accumulate": (multi("gradvac"), accumulating),
+    "representation": (multi("gradvac", max_norm=0.1), at_the_representation),
+    "representation, scaler": (multi("gradvac", max_norm=0.1), at_the_representation, True),
+    "representation, drop_task": (multi("gradvac", on_nonfinite="drop_task"), at_the_representation),
+    "gram_losses": (multi("gradvac", max_norm=0.1), of_halves_of_a_sub_batch),
     "scaler": (multi("gradvac", max_norm=0.1), scaled, True),
     "scaler in three calls": (multi("gradvac"), scaled_in_three_calls, True),
     "master weights": (

@@ -89,3 +89,52 @@ def test_two_batches_are_those_of_one_process(workers, kind):
         for what, values in expected.items():
             for actual, value in zip(rank[what], values, strict=True):
                 torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6, msg=what)
+
+
+def cheaper(kind: str, gram_from: str, steps: int) -> dict[str, list[Tensor]]:
+    """Weights from the Gram of the representation, or of a sub-batch or its two halves."""
+    setting = Setting(kind)
+    optimizer = setting.optimizer(mtl.CAGrad(c=0.4), max_norm=0.5)
+    kept: list[Tensor] = []
+    setting.module.norm.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    infos = []
+    for step in range(steps):
+        options = {
+            "representation": lambda: {"representation": kept[-1]},
+            "gram_losses": lambda step=step: {"gram_losses": setting.losses(100 + step)},
+            "halves": lambda step=step: {"gram_losses": [setting.losses(100 + step), setting.losses(200 + step)]},
+        }[gram_from]
+        losses = setting.losses(step)
+        infos.append(optimizer.step(losses, **options()))
+    errors = [info.gram_error for info in infos if info.gram_error is not None]
+    return {
+        "values": setting.values(),
+        "weights": [info.weights for info in infos],
+        "grams": [info.gram for info in infos],
+        "norms": [info.norm for info in infos],
+        "errors": errors,
+    }
+
+
+CHEAPER = [("ddp", name) for name in ("representation", "gram_losses", "halves")] + [
+    ("fsdp", "halves"),
+    ("fsdp", "gram_losses"),
+]
+
+
+@pytest.mark.parametrize(("kind", "gram_from"), CHEAPER)
+def test_cheaper_grams_are_those_of_one_process(workers, kind, gram_from):
+    expected = cheaper("single", gram_from, 5)
+    assert len(expected["errors"]) == (5 if gram_from == "halves" else 0)
+    ranks = workers.run(2, cheaper, kind, gram_from, 5)
+    for rank in ranks:
+        for what, values in expected.items():
+            for actual, value in zip(rank[what], values, strict=True):
+                torch.testing.assert_close(actual, value, rtol=1e-6, atol=1e-6, msg=what)
+    for what in ("values", "weights"):
+        assert all(torch.equal(a, b) for a, b in zip(ranks[1][what], ranks[0][what], strict=True)), what
+
+
+def test_a_representation_of_dtensors_is_refused(workers):
+    with pytest.raises(Exception, match="representation is given, but the parameters are DTensors"):
+        workers.run(2, cheaper, "fsdp", "representation", 1)

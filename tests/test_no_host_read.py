@@ -76,11 +76,17 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def step(
-    weighting: Any, fused: bool = True, micro_batches: int = 1, absent: str = "", other: bool = False, **options: Any
+    weighting: Any,
+    fused: bool = True,
+    micro_batches: int = 1,
+    absent: str = "",
+    other: bool = False,
+    cheaper: str = "",
+    **options: Any,
 ) -> mtl.optim.StepInfo:
     """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up.
 
-    ``absent``: the tasks without a loss; ``other``: whether the step takes a second batch.
+    ``absent``: the tasks without a loss; ``other``: whether the step takes a second batch; ``cheaper``: where its Gram is from.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
@@ -99,7 +105,14 @@ def step(
                 optimizer.accumulate({task: empty().requires_grad_() for task in heads})
             losses = {task: empty().requires_grad_() for task in heads if task not in absent}
             second = {task: empty().requires_grad_() for task in losses} if other else None
-            info = optimizer.step(losses, other=second)
+            more: dict[str, Any] = {}
+            if cheaper == "representation":
+                more = {
+                    "representation": [empty(6, 8).requires_grad_() * 1, empty(6, dtype=torch.bfloat16).requires_grad_() * 1]
+                }
+            if cheaper == "gram_losses":
+                more = {"gram_losses": [{task: empty().requires_grad_() for task in losses} for _ in range(2)]}
+            info = optimizer.step(losses, other=second, **more)
         return info
 
 
@@ -118,6 +131,15 @@ OPTIONS = [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}, {"per": "channe
 def test_step_with_other_weightings_and_options(recorder, weighting, options):
     step(weighting, **options)
     assert recorder.reads == []
+
+
+@pytest.mark.parametrize("options", [*OPTIONS[:2], {"max_norm": 1.0}, {"update_every": 2}], ids=str)
+@pytest.mark.parametrize("cheaper", ["representation", "gram_losses"])
+def test_step_with_a_cheaper_gram(recorder, cheaper, options):
+    info = step("cagrad", cheaper=cheaper, **options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert {"mtlkernels.gram.default", "mtlkernels.combine_.default"} <= set(recorder.calls)
 
 
 NEEDS = {"cr_mogm": {"weighting": "mgda"}, "krum": {"n_byzantine": 0}}

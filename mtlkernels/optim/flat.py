@@ -265,7 +265,13 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
         return closure  # called by _backward, several times
 
     def _backward(  # type: ignore[override]
-        self, losses_fn: LossesFn, scaler: torch.amp.GradScaler | None, accumulate: bool, kept: Snapshot, other: None = None
+        self,
+        losses_fn: LossesFn,
+        scaler: torch.amp.GradScaler | None,
+        accumulate: bool,
+        kept: Snapshot,
+        other: None = None,
+        source: None = None,
     ) -> FlatInfo:
         batch = self._micro_batch(losses_fn, scaler, accumulate)
         with torch.no_grad():

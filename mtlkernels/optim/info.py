@@ -20,13 +20,20 @@ class StepInfo:
             of one parameter after those of the other; per group [M, K, K], in the order of the groups, shared parameters in
             none last. Not finite in the row and column of a task whose gradient was not. None between two updates of the
             weights (``update_every``) and with an element-wise method and ``on_nonfinite="skip"``, where nobody has computed
-            it; so are ``cosine`` and ``conflicts``.
+            it; so are ``cosine`` and ``conflicts``. With ``representation`` or ``gram_losses`` of what they say.
         weights: float64 [K], or [M, K] as the Gram, before clipping: those of this update, whether computed for it or held; 0
             for a task that was absent or dropped. NaN [K] with an element-wise method, which has none.
         active: bool [K], the tasks that were present and not dropped.
         skipped: bool scalar, whether the update had to be skipped because it was not finite.
         host_reads: how many times this layer read the device, in ``backward`` and the ``step`` that followed.
+        gram_error: float64 [K, K], with ``gram_losses`` of two halves: the standard error of each entry of ``gram`` as an
+            estimate for all data, to first order and from one pair of halves; its square is right on average.
+        gram_bias: float64 [K, K], with the same: what noise adds to ``gram``, right on average; ``gram - gram_bias`` is
+            unbiased, and need not be positive semidefinite.
     """
+
+    gram_error: Tensor | None = None
+    gram_bias: Tensor | None = None
 
     def __init__(
         self,

@@ -31,26 +31,25 @@ from ..weightings import Elementwise, MemoryWeighting, Weighting, as_method
 from ..weightings.cross.base import takes_cross
 from .accumulated import Accumulated, MicroBatch
 from .compare import step_entries
-from .decide import Batch, Decisions, check_options
+from .decide import Batch, check_options
+from .gram_source import GramSource, Representation, SubBatch, gram_source
 from .held import HeldWeights
 from .info import StepInfo
-from .losses import Losses, loaded_names, order_losses, task_names
+from .losses import Losses, order_losses, task_names
 from .one_pass import backward_of_losses, observe
 from .roles import Roles, Task
+from .saved import SavedState
 from .scaler import check_not_float16, enabled_scaler, update_scale
 from .second import check_second, second_losses
 from .skip import SkipFlag, first_written
 from .tracked import Tracked
-from .undo import Snapshot, load_buffers
+from .undo import Snapshot
 from .wrapper import eager, with_step_hooks
 
 Nonfinite = Literal["skip", "drop_task", "raise"]
 
-STATE_KEY = "multitask"
-"""Entry of the state dict that holds the task names and the weighting's state; optimizers of torch ignore it."""
 
-
-class MultiTaskOptimizer(Decisions):
+class MultiTaskOptimizer(SavedState):
     """A torch optimizer that steps along a weighted combination of task gradients.
 
     Shared parameters get sum_k w_k g_k with weights from the Gram matrix of the task gradients; head parameters get their
@@ -169,7 +168,15 @@ class MultiTaskOptimizer(Decisions):
     # --- the update ------------------------------------------------------------------------------------------------------
 
     @eager
-    def backward(self, losses: Losses, scaler: torch.amp.GradScaler | None = None, *, other: Losses | None = None) -> StepInfo:
+    def backward(
+        self,
+        losses: Losses,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        other: Losses | None = None,
+        representation: Representation | None = None,
+        gram_losses: SubBatch | None = None,
+    ) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
         Follow with ``step()``, or ``scaler.step(optimizer)`` and ``scaler.update()``. An update that is not finite leaves NaN
@@ -183,6 +190,13 @@ class MultiTaskOptimizer(Decisions):
             other: the losses of a second, independent batch at the same parameters, for weightings that take a cross Gram
                 (``"modo"``, ``"sdmgrad"``), and for these only; the same tasks are there. The update, the heads' as well, is
                 the mean of both batches'; the info's losses and Gram are the first's.
+            representation: what the heads were given, a tensor or several: the Gram is that of the gradients with respect to
+                it, from K backward passes through the heads, and one backward pass goes through the trunk (MGDA-UB, Sener and
+                Koltun 2018). Every path from a loss to a shared parameter leads through it. Or a function that returns it.
+            gram_losses: the losses of a sub-batch, from a forward pass of its own, of the size of ``losses`` (means, say): the
+                Gram is that of their gradients, and one backward pass takes the weighted ``losses``. A pair of such of two
+                halves of the sub-batch: of the halves' mean, with ``gram_error`` and ``gram_bias`` in the info. Or a function
+                that returns either, which is called when weights are computed.
 
         Raises:
             ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
@@ -190,7 +204,8 @@ class MultiTaskOptimizer(Decisions):
             Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
         """
         with self._undone_on_error() as before:
-            return self._backward(losses, scaler, accumulate=True, kept=before, other=other)
+            source = gram_source(self, representation, gram_losses, before)
+            return self._backward(losses, scaler, accumulate=True, kept=before, other=other, source=source)
 
     @eager
     def accumulate(self, losses: Losses, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -240,6 +255,8 @@ class MultiTaskOptimizer(Decisions):
         closure: None = None,
         scaler: torch.amp.GradScaler | None = None,
         other: Losses | None = None,
+        representation: Representation | None = None,
+        gram_losses: SubBatch | None = None,
     ) -> StepInfo: ...
 
     @overload
@@ -250,6 +267,8 @@ class MultiTaskOptimizer(Decisions):
         closure: Callable[[], Losses],
         scaler: torch.amp.GradScaler | None = None,
         other: Losses | None = None,
+        representation: Representation | None = None,
+        gram_losses: SubBatch | None = None,
     ) -> StepInfo: ...
 
     @with_step_hooks
@@ -260,6 +279,8 @@ class MultiTaskOptimizer(Decisions):
         closure: Callable[[], Losses] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         other: Losses | None = None,
+        representation: Representation | None = None,
+        gram_losses: SubBatch | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -272,6 +293,8 @@ class MultiTaskOptimizer(Decisions):
                 update is unscaled as it is combined, and the Gram's diagonal tells an overflow, so that nothing reads the
                 gradients for the scaler. ``.grad`` is left unscaled.
             other: as in :meth:`backward`.
+            representation: as there.
+            gram_losses: as there.
 
         Returns:
             The update's info; None without losses.
@@ -291,6 +314,8 @@ class MultiTaskOptimizer(Decisions):
                 raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
             if other is not None:
                 raise ValueError("other is given without losses; pass the losses of both batches.")
+            if representation is not None or gram_losses is not None:
+                raise ValueError("representation or gram_losses is given without losses; pass the losses of the batch.")
             if self._accumulated.batches:
                 raise ValueError(
                     f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
@@ -308,7 +333,8 @@ class MultiTaskOptimizer(Decisions):
         if scaler is not None:
             check_not_float16(self.params)
         with self._undone_on_error() as before:
-            info = self._backward(losses, scaler, accumulate=False, kept=before, other=other)
+            source = gram_source(self, representation, gram_losses, before)
+            info = self._backward(losses, scaler, accumulate=False, kept=before, other=other, source=source)
             info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
                 update_scale(scaler, info.skipped)
@@ -345,12 +371,13 @@ class MultiTaskOptimizer(Decisions):
         accumulate: bool,
         kept: Snapshot,
         other: Losses | None = None,
+        source: GramSource | None = None,
     ) -> StepInfo:
         check_second(self.weighting, self._crosses, other)
         if self._one_pass:
             return backward_of_losses(self, *self._begin(losses, scaler, accumulate), accumulate, kept)
-        computes, ranks = self._held.left <= 0, self.ranks
-        batch = self._micro_batch(losses, scaler, accumulate, other, last=True)
+        computes, ranks = self._held.left <= 0 and source is None, self.ranks
+        batch = self._micro_batch(losses, scaler, accumulate, other, last=True, source=source)
         with torch.no_grad():
             tasks, ordered, rows, params, scale = self._accumulated.added_to(batch)
             if self._accumulated.batches and ranks.communicates:
@@ -392,6 +419,8 @@ class MultiTaskOptimizer(Decisions):
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
             every = [*shared, *own]
             self._fill(every, ranks.gather([*buffers, *own_buffers], every), accumulate)
+            if source is not None:
+                source.complete(info)
         self._accumulated = Accumulated()
         self._note(info, shows_nan, scaled=scale is not None and accumulate)
         return info
@@ -403,17 +432,23 @@ class MultiTaskOptimizer(Decisions):
         accumulate: bool,
         other: Losses | None = None,
         last: bool = False,
+        source: GramSource | None = None,
     ) -> MicroBatch:
         """The gradients of a batch, and of the ``other`` after them; ``accumulate``: they are to be added to ``.grad``.
 
         Those of a batch in one piece are this rank's part of them, on their way while the next task's are computed.
         """
         tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
+        if source is not None:
+            source.weigh(tasks, ordered, scaled, scale)
         shared = self._roles.shared
         own, own_of_task = self._roles.own(tasks)
         whole = self.ranks.communicates and (not last or self._accumulated.batches > 0)
         received: Received = (lambda row, _: row) if whole else self._scatter_row
-        rows = partial(self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received)
+        weighted = weighted_gradients if source is None else source.gradients
+        rows = partial(
+            self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received, weighted=weighted
+        )
         shared_rows, own_rows = rows(scaled)
         if other is not None:
             second = second_losses(other, tasks, ordered)
@@ -494,6 +529,7 @@ class MultiTaskOptimizer(Decisions):
         own: list[Tensor],
         own_of_task: list[list[int]],
         received: Received,
+        weighted: Callable[..., tuple[list[Tensor | None], Rows]],
     ) -> tuple[Rows, Rows]:
         """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
 
@@ -511,7 +547,7 @@ class MultiTaskOptimizer(Decisions):
             if self.gradients == "backward" and not hidden:
                 check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
-            row, own_grads = weighted_gradients(losses, weights, bodies, heads, self.gradients, hidden)
+            row, own_grads = weighted(losses, weights, bodies, heads, self.gradients, hidden)
             own_grads = [received(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
             shared_rows = [_scatter(received(row, bodies), live, len(shared))]
         self.ranks.wait()
@@ -545,36 +581,6 @@ class MultiTaskOptimizer(Decisions):
             before.restore()
             self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated = own
             raise
-
-    # --- checkpoints -----------------------------------------------------------------------------------------------------
-
-    def _extra_state(self) -> dict[str, Any]:
-        """``{"multitask": {"tasks": names or None, "weighting": its state dict}}``; optimizers of torch ignore the entry.
-
-        With ``update_every`` also ``"held"``: ``left``, the calls until the next update of the weights, and the ``weights``.
-        """
-        tasks = None if self.tasks is None else list(self.tasks)
-        held = {"held": self._held.state()} if self.update_every > 1 else {}
-        return {STATE_KEY: {"tasks": tasks, "weighting": dict(self.weighting.state_dict()), **held}}
-
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        """A state dict without the entry of its own leaves the task names and the weighting's state as they are."""
-        own = state_dict.pop(STATE_KEY, None)
-        with self._undone_on_error():
-            if own is not None:
-                self._load_tasks(own["tasks"])
-                load_buffers(self.weighting, own["weighting"], self.device)
-                held = own.get("held") if self.update_every > 1 else None
-                self._held = HeldWeights() if held is None else HeldWeights.from_state(held, self.device)
-            super()._load(state_dict)
-        self._forget()
-
-    def _load_tasks(self, saved: list[Task] | None) -> None:
-        """Takes over the saved order of the tasks, by which the weighting's state is laid out."""
-        names = loaded_names(saved, self.tasks, self._tasks_given)
-        if names is not None:
-            self._check_heads(names)
-        self.tasks = names
 
 
 def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:
