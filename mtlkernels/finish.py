@@ -130,7 +130,8 @@ def _combine_sgd_reference(
 
     In this order: d = g + weight_decay p; m <- momentum m + (1 - dampening) d, or d at ``first``; d <- m, or d + momentum m
     with ``nesterov``; p <- p - lr d. In float64 of float64, in float32 of all others; scalars are rounded to that before they
-    meet a tensor. Every step of it is the function that torch.optim calls, so that the bits are torch's.
+    meet a tensor. Every step of it is the function that torch.optim calls, so that the bits are torch's: on a CPU with FMA
+    weight_decay p, (1 - dampening) d, nesterov's momentum m and lr d are added in one each.
 
     Args:
         params: N tensors.
@@ -260,7 +261,8 @@ def _combine_adam_reference(
     v <- beta2 v + ((1 - beta2) g) g; u <- max(u, v) with ``amsgrad``, else u = v; with the bias corrections
     c_i = 1 - beta_i^step, p <- p + (-(lr / c_1) m) / (sqrt(u) / c_2^0.5 + eps). In float64 of float64, in float32 of all
     others; what has no element index is computed in float64 and rounded before it meets a tensor. Every step of it is the
-    function that torch.optim calls, so that the bits are torch's.
+    function that torch.optim calls, so that the bits are torch's: on a CPU with FMA g + weight_decay p, beta2 v + a g with
+    a = (1 - beta2) g, and lerp(m, g, w) = m + w (g - m), or g + (w - 1) (g - m) for w of 0.5 or more, are one each.
 
     Args:
         params: N tensors.
