@@ -114,3 +114,22 @@ def check_loss(loss: Tensor, what: str, task: Task) -> None:
         raise ValueError(f"{name} is {loss.dtype}; pass a real floating-point loss.")
     if not loss.requires_grad:
         raise ValueError(f"{name} does not require grad; compute it with grad enabled, from parameters that require grad.")
+
+
+def check_without_losses(scaler: object, other: object, batches: int) -> None:
+    """Raises a ``ValueError`` for a step from ``.grad`` that is given what goes with losses, or leaves gradients behind.
+
+    Args:
+        scaler: as it was given.
+        other: the losses of a second batch, as they were given.
+        batches: how many were accumulated since the last update.
+    """
+    if scaler is not None:
+        raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
+    if other is not None:
+        raise ValueError("other is given without losses; pass the losses of both batches.")
+    if batches:
+        raise ValueError(
+            f"losses is None, but no update has used the gradients of {batches} calls of accumulate; pass the last "
+            "micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
+        )

@@ -21,6 +21,7 @@ from ..gradients import (
     check_graph,
     check_heads_in_graph,
     check_hooks,
+    check_reached,
     combine_own,
     task_gradients,
     weighted_gradients,
@@ -32,9 +33,10 @@ from ..weightings.cross.base import takes_cross
 from .accumulated import Accumulated, MicroBatch
 from .compare import step_entries
 from .decide import Batch, Decisions, check_options
+from .finish import Finish, Part
 from .held import HeldWeights
 from .info import StepInfo
-from .losses import Losses, loaded_names, order_losses, task_names
+from .losses import Losses, check_without_losses, loaded_names, order_losses, task_names
 from .one_pass import backward_of_losses, observe
 from .roles import Roles, Task
 from .scaler import check_not_float16, enabled_scaler, update_scale
@@ -86,6 +88,11 @@ class MultiTaskOptimizer(Decisions):
             is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
         gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
             itself (post-accumulate-grad hooks, reentrant checkpoints, FSDP2). None: the latter where a parameter is a DTensor.
+        fused: ``step(losses)`` takes the torch optimizer's step in the read that combines the gradients: no combined gradient
+            is ever in memory, and ``.grad`` is None afterwards, for hooks of the optimizer, too. With torch.optim.SGD, Adam and
+            AdamW, any option but ``differentiable``; in float32 of 16-bit parameters; a step that is skipped is skipped on the
+            device whatever the optimizer's flags. ``backward`` and ``step()`` are as ever, on the same state. Not with
+            ``per="channel"``, a method without weights of gradients, or plain parameters on several ranks.
         process_group: of plain parameters, whether or not in DistributedDataParallel: the ranks that train together. The update
             is that of the losses' means over them.
         mesh: the same as a device mesh of one dimension. Of DTensors: a mesh that has the ranks of all; None for the largest.
@@ -112,6 +119,7 @@ class MultiTaskOptimizer(Decisions):
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
         gradients: Source | None = None,
+        fused: bool = False,
         process_group: object = None,
         mesh: object = None,
         check_ranks: bool = False,
@@ -147,6 +155,7 @@ class MultiTaskOptimizer(Decisions):
             )
         if self.ranks.size > 1 and per == "channel":
             raise ValueError('per="channel" needs whole channels, which a rank does not have; pass per="tensor" or "model".')
+        self._finish = Finish(self, weighting, per) if fused else None
         self._roles = Roles(params, shared, heads, groups)
         self.tasks = None if tasks is None else task_names(tasks)
         if self.tasks is not None:
@@ -287,15 +296,7 @@ class MultiTaskOptimizer(Decisions):
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
-            if scaler is not None:
-                raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
-            if other is not None:
-                raise ValueError("other is given without losses; pass the losses of both batches.")
-            if self._accumulated.batches:
-                raise ValueError(
-                    f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
-                    "pass the last micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
-                )
+            check_without_losses(scaler, other, self._accumulated.batches)
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
@@ -309,7 +310,8 @@ class MultiTaskOptimizer(Decisions):
             check_not_float16(self.params)
         with self._undone_on_error() as before:
             info = self._backward(losses, scaler, accumulate=False, kept=before, other=other)
-            info.host_reads += self._step_inner(self._skip.on_device())
+            if self._finish is None:
+                info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
                 update_scale(scaler, info.skipped)
         self._forget()
@@ -362,7 +364,7 @@ class MultiTaskOptimizer(Decisions):
             shared_rows, own_rows = rows[:-count], rows[-count:]
             complete = all(loss is not None for loss in ordered)
             if complete:
-                self._check_reached(shared_rows, shared)
+                check_reached(shared_rows, shared, self.name_of)
             factor = None if accumulate else scale  # .grad is left unscaled
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1 or factor is not None
             problems = Problems(self.per or roles.group_of_shared(), shared)
@@ -379,6 +381,9 @@ class MultiTaskOptimizer(Decisions):
                 info, applied, own_weights = solve(facts, gram, own_gram, kept)
                 if self._compares:
                     ranks.require_equal({"weights": (None, str(info.weights.tolist()))})
+                if self._finish is not None and not accumulate:
+                    parts = Part(shared, shared_rows, problems.by_tensor(applied)), Part(own, own_rows, own_weights)
+                    return self._finish.update(info, *parts, factor=factor)
                 buffers = ranks.buffers(shared_rows, shared)
                 if tracked is None:
                     problems.combine(shared_rows, ranks.scaled(applied if factor is None else applied / factor), buffers)
@@ -523,14 +528,6 @@ class MultiTaskOptimizer(Decisions):
             if self._compares:
                 self.ranks.compare_row(row, params)
             return self.ranks.scatter(row, params)
-
-    def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
-        for param, column in zip(shared, zip(*rows, strict=True), strict=True):
-            if column[0] is None and param.requires_grad and all(row is None for row in column):
-                raise ValueError(
-                    f"no loss reaches the shared {self.name_of(param)}; leave it out of shared, freeze it with "
-                    'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
-                )
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 
