@@ -100,7 +100,7 @@ class Finish:
                 f"fused=False{advice}."
             )
         _check_fusible(method, per, owner.ranks)
-        self.owner, self.optimizer = owner, owner.optimizer
+        self.owner = owner
         self._checked: list[Tensor] = []
         self._check_options()
 
@@ -118,7 +118,7 @@ class Finish:
         Raises:
             ValueError: an option that cannot be honoured, or a state that does not fit; no parameter and no state has changed.
         """
-        inner: Any = self.optimizer
+        inner: Any = self.owner.optimizer
         patched = vars(inner).get("step")
         if patched is not None and not hasattr(patched, "_wrapped_by_lr_sched"):
             raise ValueError(
@@ -141,7 +141,7 @@ class Finish:
         return info
 
     def _check_options(self) -> None:
-        for g, group in enumerate(self.optimizer.param_groups):
+        for g, group in enumerate(self.owner.optimizer.param_groups):
             if group.get("differentiable"):
                 raise ValueError(
                     f"fused is True, but param_groups[{g}]['differentiable'] is, too, and its step has no derivative; pass "
@@ -171,15 +171,15 @@ class Finish:
                 torch._foreach_add_(steps, -counted)
             raise
         for param, entries in new.items():
-            self.optimizer.state[param].update(entries)
+            self.owner.optimizer.state[param].update(entries)
         return reads
 
     def _calls(self, parts: Sequence[Part], new: dict[Tensor, dict[str, Tensor]]) -> list[_Call]:
         """What is to be done; ``new`` gets the entries that the state lacks."""
-        groups = self.optimizer.param_groups
+        groups = self.owner.optimizer.param_groups
         place = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         rates = [_rate(group["lr"], parts[0].weights.device) for group in groups]
-        make = self._sgd if isinstance(self.optimizer, torch.optim.SGD) else self._adam
+        make = self._sgd if isinstance(self.owner.optimizer, torch.optim.SGD) else self._adam
         calls = []
         for part in parts:
             members: dict[int, list[int]] = defaultdict(list)
@@ -195,7 +195,7 @@ class Finish:
         options = {"lr": lr, **numbers, "nesterov": group["nesterov"], "maximize": group["maximize"]}
         if numbers["momentum"] == 0:
             return [_Call(combine_sgd_, part, {"momentum_buffer": []}, [], options)]
-        kept = [self.optimizer.state.get(p, {}).get("momentum_buffer") for p in part.params]
+        kept = [self.owner.optimizer.state.get(p, {}).get("momentum_buffer") for p in part.params]
         calls = []
         for first in (False, True):
             indices = [n for n, buffer in enumerate(kept) if (buffer is None) == first]
@@ -231,7 +231,7 @@ class Finish:
         return [_Call(combine_adam_, part, states, [entries["step"] for entries in kept], options)]
 
     def _adam_state(self, param: Tensor, names: Sequence[str], new: dict[Tensor, dict[str, Tensor]]) -> dict[str, Tensor]:
-        entries: dict[str, Tensor] = self.optimizer.state.get(param, {})
+        entries: dict[str, Tensor] = self.owner.optimizer.state.get(param, {})
         if not entries:
             zeros = {name: torch.zeros_like(param) for name in names}
             new[param] = entries = {"step": torch.zeros((), dtype=torch.float32, device=param.device), **zeros}
