@@ -160,7 +160,8 @@ class Finish:
             if bool(skip):
                 return reads
         steps = [step for call in calls for step in call.steps]
-        counted = 1.0 if skip is None else (~skip).float()
+        one = torch.ones((), device=parts[0].weights.device) if skip is None else (~skip).float()
+        counted = [one] * len(steps)
         if steps:
             torch._foreach_add_(steps, counted)
         try:
@@ -168,7 +169,7 @@ class Finish:
                 call(skip)
         except BaseException:
             if steps:
-                torch._foreach_add_(steps, -counted)
+                torch._foreach_sub_(steps, counted)
             raise
         for param, entries in new.items():
             self.owner.optimizer.state[param].update(entries)
