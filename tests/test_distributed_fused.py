@@ -29,7 +29,7 @@ def trained(kind: str, inner: str, per: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("per", ["model", "tensor"])
-@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp+fsdp"])
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp", "tp+fsdp"])
 @pytest.mark.parametrize("inner", INNER)
 def test_sharded_parameters_are_stepped_where_they_are(workers, kind, inner, per):
     expected = trained("single", inner, per)

@@ -94,6 +94,7 @@ OPTIONS: list[dict] = [
 def test_steps_are_those_of_the_torch_optimizer(reference, inner, options, dtype):
     pair = Pair(INNER[inner], dtype=dtype, **options)
     reads = [pair.step(number)[0].host_reads for number in range(5)]
+    assert pair.optimizers[0].tasks == TASKS
     once = 1 if inner == "dampened" and "raise" not in options.values() else 0
     assert reads == [once, *[0] * 4] if options.get("on_nonfinite") != "raise" else [1] * 5
 
@@ -122,8 +123,9 @@ def test_weightings_of_losses_and_of_two_batches(reference, name, inner):
         pair.check()
 
 
+@pytest.mark.parametrize("per", ["model", "tensor"])
 @pytest.mark.parametrize("inner", INNER)
-def test_groups_frozen_parameters_and_absent_tasks(reference, inner):
+def test_groups_frozen_parameters_and_absent_tasks(reference, inner, per):
     models = Net().double(), Net().double()
     optimizers = []
     for model, fused in zip(models, (True, False), strict=True):
@@ -134,7 +136,7 @@ def test_groups_frozen_parameters_and_absent_tasks(reference, inner):
             {"params": others[1::2], "maximize": False},
             {"params": others[::2], "weight_decay": 0.3},
         ]
-        options = {"shared": model.encoder.parameters(), "tasks": TASKS, "fused": fused}
+        options = {"shared": model.encoder.parameters(), "tasks": TASKS, "per": per, "fused": fused}
         optimizers.append(mtl.MultiTaskOptimizer(INNER[inner](groups), "upgrad", **options))
     for number in range(6):
         for model, optimizer in zip(models, optimizers, strict=True):

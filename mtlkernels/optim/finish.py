@@ -14,7 +14,6 @@ from ..dtensor import local
 from ..finish import combine_adam_, combine_sgd_
 from ..gradients import Rows
 from ..weightings import Elementwise, MemoryWeighting, Weighting
-from .accumulated import Accumulated
 from .info import StepInfo
 
 if TYPE_CHECKING:
@@ -136,7 +135,6 @@ class Finish:
 
         info.host_reads += step(inner)
         inner._opt_called = True  # what a scheduler's patch of its step notes
-        self.owner._accumulated = Accumulated()
         self.owner._note(info, None, scaled=False)
         return info
 
