@@ -315,6 +315,16 @@ def check_dense(tasks: Iterable[object], rows: Rows, params: Sequence[Tensor], n
                 )
 
 
+def check_reached(rows: Rows, params: Sequence[Tensor], name: Callable[[Tensor], str]) -> None:
+    """Raises a ``ValueError`` for a shared parameter without a gradient, where no task is absent; ``name`` names one."""
+    for param, column in zip(params, zip(*rows, strict=True), strict=True):
+        if column[0] is None and param.requires_grad and all(row is None for row in column):
+            raise ValueError(
+                f"no loss reaches the shared {name(param)}; leave it out of shared, freeze it with requires_grad_(False), or "
+                'use gradients="backward" where a reentrant checkpoint hides it.'
+            )
+
+
 def add_to_grad(params: Iterable[Tensor], grads: Iterable[Tensor | None]) -> None:
     """Adds to ``.grad`` in place where there is one, as autograd does."""
     existing, added = [], []

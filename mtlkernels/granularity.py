@@ -67,9 +67,11 @@ class Problems:
         """:func:`mtlkernels.combine` with the weights [..., K] of the Grams."""
         if self.per == "channel":
             return ops.combine_rows(rows, self._of_present_channels(rows, weights), out, per_channel=True)
-        if not isinstance(self.per, str):
-            weights = weights.index_select(0, self._index(weights.device))
-        return ops.combine_rows(rows, weights, out)
+        return ops.combine_rows(rows, self.by_tensor(weights), out)
+
+    def by_tensor(self, weights: Tensor) -> Tensor:
+        """The weights [..., K] of the Grams as one set, [K], or one for each tensor, [N, K]; none per channel."""
+        return weights if isinstance(self.per, str) else weights.index_select(0, self._index(weights.device))
 
     def _zeros(self, n: int, num_tasks: int) -> Tensor | None:
         tensor = self.tensors[n]

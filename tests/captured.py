@@ -197,6 +197,11 @@ LOOPS = {
     "gram_losses": (multi("gradvac", max_norm=0.1), of_halves_of_a_sub_batch),
     "scaler": (multi("gradvac", max_norm=0.1), scaled, True),
     "scaler in three calls": (multi("gradvac"), scaled_in_three_calls, True),
+    "fused": (multi("gradvac", fused=True), whole),
+    "fused per tensor, clipped": (multi("mgda", per="tensor", max_norm=0.1, fused=True), whole),
+    "fused with a scaler": (multi(max_norm=0.1, fused=True), scaled, True),
+    "fused accumulate": (multi("gradvac", fused=True), accumulating),
+    "fused loss-only": (multi("uncertainty", fused=True), whole),
     "master weights": (
         lambda inner, model: multi("gradvac")(mtl.MasterWeights(inner), model),
         whole,

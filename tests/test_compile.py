@@ -205,6 +205,10 @@ def symmetric(*shape: int) -> Tensor:
     return rows @ rows.mT
 
 
+def rate() -> Tensor:
+    return torch.tensor(0.1, dtype=torch.float64)
+
+
 W2, W3 = torch.tensor([0.5, -2.0], dtype=torch.float64), torch.tensor([0.5, 0.0, 1.0])
 TOP = torch.tensor([0, 2, 1, 0, 2])
 SEED = torch.tensor([7])
@@ -236,6 +240,33 @@ OPCHECKS = {
     "excess_risk": lambda: (
         OPS.excess_risk,
         ([torch.ones(4, 3), None], [torch.ones(4, 3), torch.ones(4, 3)], W2.abs(), 1e-7),
+    ),
+    "combine_sgd_": lambda: (
+        OPS.combine_sgd_,
+        (flat(1, [(4, 3), ()], seed=1), [], flat(2, [(4, 3), ()]), W2, rate(), None, 0.0, 0.0, 0.1, False, True, False),
+    ),
+    "combine_sgd_, momentum": lambda: (
+        OPS.combine_sgd_,
+        (
+            *(flat(1, [(8,)], torch.bfloat16, seed=n) for n in (1, 2)),
+            [torch.ones(8).bfloat16(), None],
+            *(W2[None], rate(), torch.tensor(False), 0.9, 0.1, 0.0, False, False, False),
+        ),
+    ),
+    "combine_adam_": lambda: (
+        OPS.combine_adam_,
+        (
+            *(flat(1, [(4, 3), (5,)], seed=n) for n in (1, 2)),
+            *(flat(1, [(4, 3), (5,)], seed=3, scale=0.1), [], [torch.ones(())] * 2, flat(2, [(4, 3), (5,)]), W2, rate(), None),
+            *(0.9, 0.99, 1e-8, 0.1, True, False, False),
+        ),
+    ),
+    "combine_adam_, amsgrad": lambda: (
+        OPS.combine_adam_,
+        (
+            *([torch.ones(6, 4).T], [torch.zeros(4, 6)], [torch.zeros(6, 4).T], [torch.zeros(4, 6)], [torch.ones(())]),
+            *([torch.ones(4, 6), None], W2, rate(), torch.tensor(True), 0.9, 0.99, 1e-8, 0.1, False, True, False),
+        ),
     ),
     "combine": lambda: (OPS.combine, (flat(2, [(4, 3), (5,), ()]), W2)),
     "combine, per tensor": lambda: (OPS.combine, (flat(3, [(4, 3), (5,)], torch.float16), W3.expand(2, 3).clone())),

@@ -30,6 +30,8 @@ OPS = {
     "paired_gram",
     "perturb_",
     "memory_combine_",
+    "combine_sgd_",
+    "combine_adam_",
     "excess_risk",
     "cosine",
     "magnitude_similarity",

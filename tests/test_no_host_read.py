@@ -82,11 +82,13 @@ def step(
     absent: str = "",
     other: bool = False,
     cheaper: str = "",
+    finish: bool = False,
     **options: Any,
 ) -> mtl.optim.StepInfo:
     """A whole step of three tasks with heads. Autograd does not run on fake CUDA tensors: its result is made up.
 
-    ``absent``: the tasks without a loss; ``other``: whether the step takes a second batch; ``cheaper``: where its Gram is from.
+    ``absent``: the tasks without a loss; ``other``: whether the step takes a second batch; ``cheaper``: where its Gram is from;
+    ``finish``: whether it is fused.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", lambda loss, inputs, **_: [torch.empty_like(t) for t in inputs])
@@ -99,7 +101,7 @@ def step(
             group["fused"] = fused
         if options.get("per") == "groups":
             options = options | {"per": {"first": shared[:1]}}
-        optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, **options)
+        optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, fused=finish, **options)
         for _ in range(options.get("update_every", 1)):
             for _ in range(micro_batches - 1):
                 optimizer.accumulate({task: empty().requires_grad_() for task in heads})

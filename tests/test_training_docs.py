@@ -15,13 +15,15 @@ def test_code_runs(capsys) -> None:
     torch._dynamo.reset()
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 11
+    assert len(blocks) == 12
     for number, block in enumerate(blocks):
         exec(compile(block, f"docs/training_loops.md, block {number + 1}", "exec"), names)
         if isinstance(info := names.get("info"), mtl.optim.StepInfo):
             assert not info.skipped
             assert info.host_reads == 0
-    assert "torch.float32 torch.bfloat16" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.float32 torch.bfloat16" in printed
+    assert "None dict_keys(['step', 'exp_avg', 'exp_avg_sq'])" in printed
     assert names["scaler"].get_scale() == 2.0**16
     assert all(p.isfinite().all() for p in [*names["model"].parameters(), *names["shared"].values()])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..checks import TaskGradients
 from ..flat import FlatGram, paired_gram
-from ..gradients import Rows, Source, combine_own
+from ..gradients import Rows, Source, check_reached, combine_own
 from ..granularity import Problems
 from ..reference import Granularity
 from ..weightings import CrossWeighting, MemoryWeighting, Weighting, as_weighting
@@ -281,7 +281,7 @@ class FlatMinimaOptimizer(MultiTaskOptimizer):
             losses, perturbed = losses[:count], losses[count:]
             shared_rows, own_rows = rows[:-count], rows[-count:]
             if all(loss is not None for loss in losses):
-                self._check_reached(shared_rows[-count:], shared)
+                check_reached(shared_rows[-count:], shared, self.name_of)
             ranks = self.ranks
             grads = _FlatRows(self.per, shared, split=len(shared_rows) > count)
             gram, own_gram = self._squares(tasks, grads, shared_rows, own_rows, own, scale)

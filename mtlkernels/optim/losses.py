@@ -114,3 +114,21 @@ def check_loss(loss: Tensor, what: str, task: Task) -> None:
         raise ValueError(f"{name} is {loss.dtype}; pass a real floating-point loss.")
     if not loss.requires_grad:
         raise ValueError(f"{name} does not require grad; compute it with grad enabled, from parameters that require grad.")
+
+
+def check_without_losses(given: Mapping[str, object], batches: int) -> None:
+    """Raises a ``ValueError`` for a step from ``.grad`` that is given what goes with losses, or leaves gradients behind.
+
+    Args:
+        given: name of an argument -> what was passed for it.
+        batches: how many were accumulated since the last update.
+    """
+    advice = {"scaler": "pass the losses, or call scaler.step(optimizer).", "other": "pass the losses of both batches."}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is given without losses; {advice.get(name, 'pass the losses of the batch.')}")
+    if batches:
+        raise ValueError(
+            f"losses is None, but no update has used the gradients of {batches} calls of accumulate; pass the last "
+            "micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
+        )

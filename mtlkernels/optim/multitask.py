@@ -21,6 +21,7 @@ from ..gradients import (
     check_graph,
     check_heads_in_graph,
     check_hooks,
+    check_reached,
     combine_own,
     task_gradients,
     weighted_gradients,
@@ -32,10 +33,11 @@ from ..weightings.cross.base import takes_cross
 from .accumulated import Accumulated, MicroBatch
 from .compare import step_entries
 from .decide import Batch, check_options
+from .finish import Finish, Part
 from .gram_source import GramSource, Representation, SubBatch, gram_source
 from .held import HeldWeights
 from .info import StepInfo
-from .losses import Losses, order_losses, task_names
+from .losses import Losses, check_without_losses, order_losses, task_names
 from .one_pass import backward_of_losses, observe
 from .roles import Roles, Task
 from .saved import SavedState
@@ -85,6 +87,11 @@ class MultiTaskOptimizer(SavedState):
             is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
         gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
             itself (post-accumulate-grad hooks, reentrant checkpoints, FSDP2). None: the latter where a parameter is a DTensor.
+        fused: ``step(losses)`` takes the torch optimizer's step in the read that combines the gradients: no combined gradient
+            is ever in memory, and ``.grad`` is None afterwards, for hooks of the optimizer, too. With torch.optim.SGD, Adam and
+            AdamW, any option but ``differentiable``; in float32 of 16-bit parameters; a step that is skipped is skipped on the
+            device whatever the optimizer's flags. ``backward`` and ``step()`` are as ever, on the same state. Not with
+            ``per="channel"``, a method without weights of gradients, or plain parameters on several ranks.
         process_group: of plain parameters, whether or not in DistributedDataParallel: the ranks that train together. The update
             is that of the losses' means over them.
         mesh: the same as a device mesh of one dimension. Of DTensors: a mesh that has the ranks of all; None for the largest.
@@ -111,6 +118,7 @@ class MultiTaskOptimizer(SavedState):
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
         gradients: Source | None = None,
+        fused: bool = False,
         process_group: object = None,
         mesh: object = None,
         check_ranks: bool = False,
@@ -146,6 +154,7 @@ class MultiTaskOptimizer(SavedState):
             )
         if self.ranks.size > 1 and per == "channel":
             raise ValueError('per="channel" needs whole channels, which a rank does not have; pass per="tensor" or "model".')
+        self._finish = Finish(self, weighting, per) if fused else None
         self._roles = Roles(params, shared, heads, groups)
         self.tasks = None if tasks is None else task_names(tasks)
         if self.tasks is not None:
@@ -310,17 +319,8 @@ class MultiTaskOptimizer(SavedState):
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
-            if scaler is not None:
-                raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
-            if other is not None:
-                raise ValueError("other is given without losses; pass the losses of both batches.")
-            if representation is not None or gram_losses is not None:
-                raise ValueError("representation or gram_losses is given without losses; pass the losses of the batch.")
-            if self._accumulated.batches:
-                raise ValueError(
-                    f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
-                    "pass the last micro-batch's losses to backward or step, or drop the gradients with zero_grad()."
-                )
+            given = {"scaler": scaler, "other": other, "representation": representation, "gram_losses": gram_losses}
+            check_without_losses(given, self._accumulated.batches)
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
                 self._info.host_reads += reads
@@ -335,7 +335,8 @@ class MultiTaskOptimizer(SavedState):
         with self._undone_on_error() as before:
             source = gram_source(self, representation, gram_losses, before)
             info = self._backward(losses, scaler, accumulate=False, kept=before, other=other, source=source)
-            info.host_reads += self._step_inner(self._skip.on_device())
+            if self._finish is None:
+                info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
                 update_scale(scaler, info.skipped)
         self._forget()
@@ -389,7 +390,7 @@ class MultiTaskOptimizer(SavedState):
             shared_rows, own_rows = rows[:-count], rows[-count:]
             complete = all(loss is not None for loss in ordered)
             if complete:
-                self._check_reached(shared_rows, shared)
+                check_reached(shared_rows, shared, self.name_of)
             factor = None if accumulate else scale  # .grad is left unscaled
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1 or factor is not None
             problems = Problems(self.per or roles.group_of_shared(), shared)
@@ -406,6 +407,12 @@ class MultiTaskOptimizer(SavedState):
                 info, applied, own_weights = solve(facts, gram, own_gram, kept)
                 if self._compares:
                     ranks.require_equal({"weights": (None, str(info.weights.tolist()))})
+                if self._finish is not None and not accumulate:
+                    parts = Part(shared, shared_rows, problems.by_tensor(applied)), Part(own, own_rows, own_weights)
+                    self._finish.update(info, *parts, factor=factor)
+                    if source is not None:
+                        source.complete(info)
+                    return info
                 buffers = ranks.buffers(shared_rows, shared)
                 if tracked is None:
                     problems.combine(shared_rows, ranks.scaled(applied if factor is None else applied / factor), buffers)
@@ -559,14 +566,6 @@ class MultiTaskOptimizer(SavedState):
             if self._compares:
                 self.ranks.compare_row(row, params)
             return self.ranks.scatter(row, params)
-
-    def _check_reached(self, rows: Rows, shared: list[Tensor]) -> None:
-        for param, column in zip(shared, zip(*rows, strict=True), strict=True):
-            if column[0] is None and param.requires_grad and all(row is None for row in column):
-                raise ValueError(
-                    f"no loss reaches the shared {self.name_of(param)}; leave it out of shared, freeze it with "
-                    'requires_grad_(False), or use gradients="backward" where a reentrant checkpoint hides it.'
-                )
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 

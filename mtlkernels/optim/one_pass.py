@@ -9,6 +9,7 @@ from torch import Tensor
 from ..gradients import task_gradients, weighted_gradients
 from ..granularity import Problems
 from ..weightings import Weighting
+from .finish import Part
 from .info import StepInfo, UpdateNorm
 from .losses import Losses, by_task
 from .roles import Task
@@ -77,6 +78,8 @@ def backward_of_losses(
         applied = applied if scale is None or accumulate else applied / scale
         if optimizer.on_nonfinite != "raise":
             kept.restore_buffers_unless(usable)
+        if optimizer._finish is not None and not accumulate:
+            return optimizer._finish.update(info, Part(params, rows, applied))
         buffers = ranks.buffers(rows, params)
         problems.combine(rows, ranks.scaled(applied), buffers)
         optimizer._fill(params, ranks.gather(buffers, params), accumulate)

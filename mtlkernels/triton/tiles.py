@@ -12,7 +12,7 @@ VECTOR_BYTES = tl.constexpr(16)
 
 
 @triton.jit
-def find_chunk(table, num_tensors, num_pointers, FROM_END: tl.constexpr = False):
+def find_chunk(table, num_tensors, num_pointers, FROM_END=False):
     """The chunk of this program. FROM_END: the first program has the last chunk.
 
     The latter is for what is read a second time: where that pass begins, the L2 cache still holds what the first one read last.
