@@ -94,7 +94,7 @@ def step(
         if options.get("per") == "groups":
             options = options | {"per": {"first": shared[:1]}}
         optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, **options)
-        for _ in range(options.get("update_every", 1)):
+        for _ in range(2 if options.get("weights_from") == "previous" else options.get("update_every", 1)):
             for _ in range(micro_batches - 1):
                 optimizer.accumulate({task: empty().requires_grad_() for task in heads})
             losses = {task: empty().requires_grad_() for task in heads if task not in absent}
@@ -118,6 +118,14 @@ OPTIONS = [{}, {"on_nonfinite": "drop_task"}, {"per": "tensor"}, {"per": "channe
 def test_step_with_other_weightings_and_options(recorder, weighting, options):
     step(weighting, **options)
     assert recorder.reads == []
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"absent": "b"}, {"weighting": "modo", "other": True}], ids=str)
+def test_step_with_the_weights_of_the_step_before(recorder, options):
+    info = step(**{"weighting": "cagrad", "tasks": tuple("abc"), "weights_from": "previous"} | options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert "mtlkernels.gram_combine_.default" in recorder.calls
 
 
 NEEDS = {"cr_mogm": {"weighting": "mgda"}, "krum": {"n_byzantine": 0}}
