@@ -1,5 +1,6 @@
 #pragma once
-// Sums of products over columns that are cut into chunks, in an order that no number of threads changes.
+// Gram matrices: sums of products over columns that are cut into chunks, in an order that no number of threads changes, and the
+// op on CUDA.
 
 #include "columns.h"
 
@@ -46,5 +47,8 @@ void sum_chunks(const Columns& columns, bool per_tensor, int64_t size, double* s
   for (size_t u = 0; u < units.size(); ++u)
     for (int64_t i = 0; i < size; ++i) sums[units[u].slot * size + i] += partials[u * size + i];
 }
+
+/// The op gram on CUDA, which others begin with.
+Tensor gram_cuda(TensorList grads, int64_t num_tasks, std::string per);
 
 }  // namespace mtlkernels
