@@ -267,6 +267,14 @@ def combine_own(rows: Rows, buffers: list[Tensor | None], weights: Tensor, weigh
     return buffers
 
 
+def scattered(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:
+    """A row of ``size`` with the values at the indices and None elsewhere."""
+    row: list[Tensor | None] = [None] * size
+    for index, value in zip(indices, values, strict=True):
+        row[index] = value
+    return row
+
+
 def _is_only_row(column: Sequence[Tensor | None], buffer: Tensor | None) -> bool:
     return all(row is None or row is buffer for row in column)
 

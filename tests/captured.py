@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import mtlkernels as mtl
+from mtlkernels.optim.held import HeldWeights
 from mtlkernels.weightings import REGISTRY
 
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -97,6 +98,9 @@ class Loop:
             module = getattr(self.optimizer, name, None)
             if module is not None:
                 result |= {f"{name} {key}": value for key, value in module.named_buffers()}
+        held = getattr(self.optimizer, "_held", None)  # of TaskPriorityOptimizer a method
+        if isinstance(held, HeldWeights) and held.weights is not None:
+            result["held weights"] = held.weights
         if self.scaler is not None:
             result |= {"scale": self.scaler._scale, "growth": self.scaler._growth_tracker}
         if self.call is into_kept_memory:
@@ -186,6 +190,8 @@ LOOPS = {
     **{f"per {per}": (multi("mgda", per=per), whole) for per in ("tensor", "channel", "groups")},
     "gradvac per tensor": (multi("gradvac", per="tensor"), whole),
     "clipped": (multi(max_norm=0.1), whole),
+    "weights of the step before": (multi("gradvac", weights_from="previous"), whole),
+    "weights of the step before, clipped": (multi("mgda", weights_from="previous", max_norm=0.1), scaled, True),
     "drop_task": (multi("gradvac", on_nonfinite="drop_task"), whole),
     "loss.backward": (multi(gradients="backward"), whole),
     "backward": (multi(), backward_and_step),

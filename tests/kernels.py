@@ -19,6 +19,7 @@ from simulated import Launch, library, simulated_cuda
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.gram_combine import gram_combine_
 from mtlkernels.memory import memory_combine_, memory_dtype
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -113,6 +114,12 @@ def _combine(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: mtl.combine(grads, weights, out=out), [*(row[0] for row in grads), *out], CHUNK)
 
 
+def _gram_combine(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    weights = torch.rand(num_tasks, dtype=torch.float64)
+    return Call(lambda: gram_combine_(out, grads, weights), [*(row[0] for row in grads), *out], CHUNK)
+
+
 def _combine_per_channel(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, out = _gradients(num_tasks, dtype, (64, 64, 3, 3)), [torch.empty((64, 64, 3, 3), dtype=dtype)]
     weights = [torch.rand(64, num_tasks, dtype=torch.float64)]
@@ -166,6 +173,7 @@ OPS = {
     "cross_gram": _cross_gram,
     "gram per channel": _gram_per_channel,
     "combine": _combine,
+    "gram_combine_": _gram_combine,
     "combine per channel": _combine_per_channel,
     "mix": _mix,
     "priority_combine": _priority_combine,

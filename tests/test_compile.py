@@ -282,6 +282,12 @@ OPCHECKS = {
         (flat(1, [(4,)], torch.bfloat16), flat(3, [(4,)], torch.bfloat16), W3[None]),
     ),
     "combine_, strided": lambda: (OPS.combine_, ([torch.zeros(6, 4).T, torch.zeros(4)], flat(2, [(4, 6), (4,)]), W2)),
+    "gram_combine_": lambda: (OPS.gram_combine_, (flat(1, [(4, 3), (5,)], seed=1), flat(2, [(4, 3), (5,)]), W2)),
+    "gram_combine_, none": lambda: (
+        OPS.gram_combine_,
+        (flat(1, [(3,), (2,)], torch.bfloat16), [None, *flat(1, [(2,), (3,)], torch.bfloat16), None], W2.float()),
+    ),
+    "gram_combine_, strided": lambda: (OPS.gram_combine_, ([torch.zeros(6, 4).T], flat(2, [(4, 6)]), W2)),
     "combine_channels": lambda: (OPS.combine_channels, (flat(2, [(4, 3), (5,), ()]), torch.randn(10, 2))),
     "combine_channels, strided": lambda: (OPS.combine_channels, (strided(), torch.randn(10, 2))),
     "combine_channels, none": lambda: (OPS.combine_channels, ([None, torch.ones(3), torch.ones(2), None], torch.randn(5, 2))),

@@ -62,6 +62,8 @@ def test_gradients_are_read_once_in_whole_sectors_without_conflicts(op, dtype):
         times = groups if op == "gram per channel" and num_tasks > 8 else 1
         if op == "priority_combine":  # gradients twice, the second time from the L2 cache; results once
             times = (2 * num_tasks + 1) / (num_tasks + 1)
+        if op == "gram_combine_" and num_tasks > 8:  # by gram and combine
+            times = (2 * num_tasks + 1) / (num_tasks + 1)
         if op == "memory_combine_":  # memories, which have 4 bytes an element or more, are read and written
             memories = num_tasks * (2 if dtype.itemsize == 2 else 1)
             times = (num_tasks + 2 * memories + 1) / (num_tasks + memories + 1)

@@ -17,6 +17,7 @@ OPS = {
     "cross_gram",
     "combine",
     "combine_",
+    "gram_combine_",
     "combine_channels",
     "combine_channels_",
     "mix",
@@ -56,7 +57,7 @@ OPS = {
 }
 COMPILED = {
     "gram", "cross_gram", "paired_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix", "perturb_",
-    "memory_combine_",
+    "memory_combine_", "gram_combine_",
 }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def step(
         if options.get("per") == "groups":
             options = options | {"per": {"first": shared[:1]}}
         optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=shared, heads=heads, fused=finish, **options)
-        for _ in range(options.get("update_every", 1)):
+        for _ in range(2 if options.get("weights_from") == "previous" else options.get("update_every", 1)):
             for _ in range(micro_batches - 1):
                 optimizer.accumulate({task: empty().requires_grad_() for task in heads})
             losses = {task: empty().requires_grad_() for task in heads if task not in absent}
@@ -142,6 +142,14 @@ def test_step_with_a_cheaper_gram(recorder, cheaper, options):
     assert recorder.reads == []
     assert info.host_reads == 0
     assert {"mtlkernels.gram.default", "mtlkernels.combine_.default"} <= set(recorder.calls)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_norm": 1.0}, {"absent": "b"}, {"weighting": "modo", "other": True}], ids=str)
+def test_step_with_the_weights_of_the_step_before(recorder, options):
+    info = step(**{"weighting": "cagrad", "tasks": tuple("abc"), "weights_from": "previous"} | options)
+    assert recorder.reads == []
+    assert info.host_reads == 0
+    assert "mtlkernels.gram_combine_.default" in recorder.calls
 
 
 NEEDS = {"cr_mogm": {"weighting": "mgda"}, "krum": {"n_byzantine": 0}}

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import mtlkernels as mtl
 from mtlkernels.dispatch import use_backend
+from mtlkernels.gram_combine import gram_combine_
 from mtlkernels.memory import memory_combine_, memory_dtype
 
 pytestmark = requires_nvcc
@@ -203,6 +204,7 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "cross_gram",
         "combine",
         "combine_",
+        "gram_combine_",  # test_cuda_gram_combine.py
         "combine_channels",
         "combine_channels_",
         "mix",
@@ -235,6 +237,7 @@ def test_every_kernel_is_launched_by_an_op():
                 gram = mtl.gram(grads)
                 mtl.gram(grads, per="channel")
                 mtl.combine(grads, random_weights(num_tasks))
+                gram_combine_(grads[0], grads, random_weights(num_tasks))
                 mtl.combine(grads, [random_weights(2, num_tasks)])
                 mtl.ops.mix(grads, random_weights(2, num_tasks))
                 mtl.priority_combine(grads, [torch.zeros(2, dtype=torch.int64)])
@@ -357,6 +360,7 @@ FAILING = {
     "cross_gram": lambda grads: mtl.gram(grads, grads),
     "combine": lambda grads: mtl.combine(grads, random_weights(3)),
     "combine_": lambda grads: mtl.combine(grads, random_weights(3), out=grads[0]),
+    "gram_combine_": lambda grads: gram_combine_(grads[0], grads, random_weights(3)),
     "combine_channels": lambda grads: mtl.combine(grads, [random_weights(5, 3), random_weights(9, 3)]),
     "mix": lambda grads: mtl.ops.mix(grads, random_weights(2, 3)),
     "priority_combine": lambda grads: mtl.priority_combine(grads, [None, torch.zeros(9, dtype=torch.int64)]),

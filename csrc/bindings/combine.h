@@ -27,4 +27,7 @@ void combine_into(const std::vector<Tensor>& out, const TensorList& grads, const
                   RunCombine run);
 std::vector<Tensor> mix(const TensorList& grads, const Tensor& coefficients, RunCombine run);
 
+/// The op combine_ on CUDA, which others end with.
+void combine_inplace_cuda(std::vector<Tensor> out, TensorList grads, Tensor weights);
+
 }  // namespace mtlkernels

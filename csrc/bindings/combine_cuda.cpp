@@ -72,10 +72,6 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per 
 
 std::vector<Tensor> combine_cuda(TensorList grads, Tensor weights) { return combine(grads, weights, false, run); }
 
-void combine_inplace_cuda(std::vector<Tensor> out, TensorList grads, Tensor weights) {
-  combine_into(out, grads, weights, false, run);
-}
-
 std::vector<Tensor> combine_channels_cuda(TensorList grads, Tensor weights) { return combine(grads, weights, true, run); }
 
 void combine_channels_inplace_cuda(std::vector<Tensor> out, TensorList grads, Tensor weights) {
@@ -85,6 +81,10 @@ void combine_channels_inplace_cuda(std::vector<Tensor> out, TensorList grads, Te
 std::vector<Tensor> mix_cuda(TensorList grads, Tensor coefficients) { return mix(grads, coefficients, run); }
 
 }  // namespace
+
+void combine_inplace_cuda(std::vector<Tensor> out, TensorList grads, Tensor weights) {
+  combine_into(out, grads, weights, false, run);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
   m.impl("combine", TORCH_BOX(&combine_cuda));

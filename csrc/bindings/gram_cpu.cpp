@@ -3,37 +3,10 @@
 #include <algorithm>
 #include <string>
 
-#include "columns.h"
+#include "gram.h"
 
 namespace mtlkernels {
 namespace {
-
-/// Consecutive pieces that share a partial sum.
-struct Unit {
-  int64_t first, last, slot;
-};
-
-/// Pieces grouped into units of at least kChunk elements (small tensors together) per result slot.
-std::vector<Unit> group(const std::vector<Piece>& pieces, bool per_tensor) {
-  std::vector<Unit> units;
-  int64_t elements = 0;
-  for (int64_t p = 0; p < int64_t(pieces.size()); ++p) {
-    const int64_t slot = per_tensor ? pieces[p].column : 0, size = pieces[p].end - pieces[p].begin;
-    if (units.empty() || units.back().slot != slot || elements + size > kChunk) {
-      units.push_back({p, p, slot});
-      elements = 0;
-    }
-    units.back().last = p + 1;
-    elements += size;
-  }
-  return units;
-}
-
-void mirror(double* matrices, int64_t count, int64_t size) {
-  for (int64_t m = 0; m < count; ++m, matrices += size * size)
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t j = 0; j < i; ++j) matrices[i * size + j] = matrices[j * size + i];
-}
 
 /// Inner products of the first `num_left` rows with the others, or of all rows with each other when there are no others.
 /// `form`: what pairs of rows make; with one, all rows are multiplied with each other.
@@ -71,19 +44,12 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
     return result;
   }
 
-  const std::vector<Piece> pieces = cut(columns);
-  const std::vector<Unit> units = group(pieces, per_tensor);
   const int64_t slots = per_tensor ? columns.size() : 1;
   Tensor result = per_tensor ? zeros({slots, num_left, num_right}) : zeros({num_left, num_right});
   double* sums = static_cast<double*>(result.mutable_data_ptr());
-  if (block == 0) return result;
-  std::vector<double> partials(units.size() * block, 0.0);
-  for_each(int64_t(units.size()), columns.total_elements(), [&](int64_t u) {
-    for (int64_t p = units[u].first; p < units[u].last; ++p)
-      gram(columns[pieces[p].column], int(num_left), pieces[p].begin, pieces[p].end, kChunk, partials.data() + u * block);
+  sum_chunks(columns, per_tensor, block, sums, [&](const Piece& piece, double* partial) {
+    gram(columns[piece.column], int(num_left), piece.begin, piece.end, kChunk, partial);
   });
-  for (size_t u = 0; u < units.size(); ++u)
-    for (int64_t i = 0; i < block; ++i) sums[units[u].slot * block + i] += partials[u * block + i];
   if (num_left == num_rows) mirror(sums, slots, num_left);
   return result;
 }

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda_call.h"
+#include "gram.h"
 
 namespace mtlkernels {
 namespace {
@@ -160,7 +161,11 @@ Tensor products(const TensorList& rows, int64_t num_left, int64_t num_right, con
   return result;
 }
 
+}  // namespace
+
 Tensor gram_cuda(TensorList grads, int64_t num_tasks, std::string per) { return products(grads, num_tasks, 0, per); }
+
+namespace {
 
 Tensor cross_gram_cuda(TensorList grads, TensorList other, int64_t num_tasks, int64_t num_other, std::string per) {
   if (num_tasks == 0 || num_other == 0) {  // an empty side of the square that the other one makes

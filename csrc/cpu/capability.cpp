@@ -7,18 +7,19 @@
 
 namespace mtlkernels::cpu {
 
-#define MTL_DECLARE_KERNELS(isa)                                                                                           \
-  namespace isa {                                                                                                          \
-  void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums); \
-  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                \
-  void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);         \
-  void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,               \
-                      const Output& out);                                                                                  \
-  void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);          \
-  void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,   \
-                        const Output& out);                                                                                \
-  void graddrop(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);                    \
-  void trimmed_mean(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out);                \
+#define MTL_DECLARE_KERNELS(isa)                                                                                               \
+  namespace isa {                                                                                                              \
+  void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums);     \
+  void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                    \
+  void gram_combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out, double* sums); \
+  void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);             \
+  void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,                   \
+                      const Output& out);                                                                                      \
+  void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);              \
+  void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,       \
+                        const Output& out);                                                                                    \
+  void graddrop(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);                        \
+  void trimmed_mean(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out);                    \
   }
 
 MTL_DECLARE_KERNELS(baseline)
@@ -29,17 +30,10 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-#define MTL_KERNELS(isa)     \
-  {                          \
-      #isa,                  \
-      isa::gram,             \
-      isa::combine,          \
-      isa::perturb,          \
-      isa::memory_combine,   \
-      isa::priority_inner,   \
-      isa::priority_combine, \
-      isa::graddrop,         \
-      isa::trimmed_mean}
+#define MTL_KERNELS(isa)                                                           \
+  {#isa,          isa::gram,           isa::combine,        isa::gram_combine,     \
+   isa::perturb,  isa::memory_combine, isa::priority_inner, isa::priority_combine, \
+   isa::graddrop, isa::trimmed_mean}
 
 const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)

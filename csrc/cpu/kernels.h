@@ -68,6 +68,12 @@ struct Kernels {
   /// is exactly 0 is not read. A single output may be one of the rows.
   void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
 
+  /// Both: adds the inner products of all rows to sums[num_rows][num_rows], upper triangle only, and writes out = sum_k
+  /// weights[k] * row k, for elements [begin, end). Every row is read, a weight of exactly 0 leaves its row out of the result.
+  /// `out` is one result, which may be one of the rows. The same bits as the two.
+  void (*gram_combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out,
+                       double* sums);
+
   /// out = a + radius b, or if `adaptive` a + radius a^2 b, for rows a and b over elements [begin, end), computed in float64.
   /// The output may be one of the rows.
   void (*perturb)(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);

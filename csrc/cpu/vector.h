@@ -97,6 +97,7 @@ inline void store_streaming(float* to, FloatVector value) {
 }
 
 inline void store_cached(float* to, DoubleVector value) { store(to, __builtin_convertvector(value, HalfFloatVector)); }
+inline void store_cached(float* to, FloatVector value) { store(to, value); }
 inline void store_cached(double* to, DoubleVector value) { store(to, value); }
 
 /// Sum of all lanes, halves added first, in float64.

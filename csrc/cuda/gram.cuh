@@ -33,6 +33,12 @@ __device__ inline void add_products(const S (&value)[K][lanes], S (&sums)[num_pa
 
 /// What rows are made of: here each is a task's gradient.
 struct GradientRows {
+  __device__ static int count(const TensorTable& table) { return table.num_pointers; }
+  template <typename T>
+  __device__ static Packed<T> load(const T* from) {
+    return load_packed(from);
+  }
+
   /// Turns the loaded elements of K rows into the values that are multiplied.
   template <typename S, int K, int lanes>
   __device__ void form(S (&)[K][lanes]) const {}
@@ -95,7 +101,7 @@ __device__ __forceinline__ bool any_nonzero(const Row& row, int64_t begin, int64
 template <typename T, int R, typename Rows>
 __device__ __forceinline__ void mend_products(Rows rows, const TensorTable& table, const Chunk& chunk, double* scratch,
                                               double* products) {
-  const int num_rows = table.num_pointers;
+  const int num_rows = rows.count(table);
   const auto row = [&](int k) { return rows.template row<T>(table.pointers(chunk.tensor), k); };
   bool again = false;
   for (int k = 0; k < num_rows; ++k)
@@ -112,18 +118,28 @@ __device__ __forceinline__ void mend_products(Rows rows, const TensorTable& tabl
 template <int K>
 constexpr int kGramBlocks = K == 8 ? 2 : 4;
 
-/// The block's part of gram_chunks, for rows made of what `forms` says. Contract: all threads of the block call it.
-template <typename T, int K, typename Rows>
-__device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& table, double* partials) {
+/// What else a block does with the elements that it has loaded: here nothing.
+struct Nothing {
+  template <typename T, int K>
+  __device__ void vector(const Packed<T> (&)[K], int) const {}
+  template <typename S, int K>
+  __device__ void element(const S (&)[K][1], int) const {}
+  __device__ void finish(int, int) const {}
+};
+
+/// The block's part of gram_chunks, for rows made of what `forms` says. `also` is given each vector of a thread, then each
+/// single element, with its index in the chunk, and at the end how many vectors and elements there were; the products are final
+/// then, and every thread has read all that it reads. Contract: all threads of the block call it.
+template <typename T, int K, typename Rows, typename Also = Nothing>
+__device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& table, const Chunk& chunk, bool aligned,
+                                              double* partials, const Also& also = {}) {
   constexpr int pairs = num_pairs(K);
   __shared__ double scratch[pairs * (kGramThreads / kWarpSize)];
   __shared__ double products[pairs];
-  const Chunk chunk = find_chunk(table, blockIdx.x);
   const T* rows[K];
-  bool aligned = true;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    rows[k] = k < table.num_pointers ? static_cast<const T*>(table.pointers(chunk.tensor)[k]) : nullptr;
+    rows[k] = k < forms.count(table) ? static_cast<const T*>(table.pointers(chunk.tensor)[k]) : nullptr;
     aligned &= is_aligned(rows[k]);
   }
 
@@ -137,9 +153,12 @@ __device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& tab
 #pragma unroll
       for (int k = 0; k < K; ++k)
         if (rows[k] && v + b * kGramThreads < vectors)
-          packed[b][k] = load_packed(rows[k] + chunk.begin + (v + b * kGramThreads) * kLanes<T>);
+          packed[b][k] = forms.load(rows[k] + chunk.begin + (v + b * kGramThreads) * kLanes<T>);
 #pragma unroll
-    for (int b = 0; b < kBatch<K>; ++b) add_products<T, K>(forms, packed[b], sums);
+    for (int b = 0; b < kBatch<K>; ++b) {
+      add_products<T, K>(forms, packed[b], sums);
+      if (v + b * kGramThreads < vectors) also.vector(packed[b], int(v + b * kGramThreads) * kLanes<T>);
+    }
   }
 #pragma unroll 1
   for (int64_t e = chunk.begin + vectors * kLanes<T> + threadIdx.x; e < chunk.end; e += kGramThreads) {
@@ -148,12 +167,14 @@ __device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& tab
     for (int k = 0; k < K; ++k) value[k][0] = rows[k] ? widen(rows[k][e]) : Sum<T>(0);
     forms.form(value);
     add_products<Sum<T>, K, 1>(value, sums);
+    also.element(value, int(e - chunk.begin));
   }
 
   block_sum<pairs>(sums, reinterpret_cast<Sum<T>*>(scratch), products);
   if constexpr (sizeof(Sum<T>) == 4) mend_products<T, K>(forms, table, chunk, scratch, products);
   for (int p = threadIdx.x; p < pairs; p += kGramThreads)
     partials[int64_t(table.first_block + blockIdx.x) * pairs + p] = products[p];
+  also.finish(int(vectors), int(chunk.end - chunk.begin));
 }
 
 /// partials[block][pair] = products of one chunk. K is the class of the number of rows, 1, 2, 3, 4 or 8: rows past
@@ -161,7 +182,7 @@ __device__ __forceinline__ void gram_of_chunk(Rows forms, const TensorTable& tab
 template <typename T, int K>
 __global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
     gram_chunks(const __grid_constant__ TensorTable table, double* partials) {
-  gram_of_chunk<T, K>(GradientRows(), table, partials);
+  gram_of_chunk<T, K>(GradientRows(), table, find_chunk(table, blockIdx.x), true, partials);
 }
 
 /// Which blocks of stage one make up which results.

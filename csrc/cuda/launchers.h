@@ -69,6 +69,11 @@ const char* gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, 
 const char* paired_gram_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, PairForm form,
                                int32_t first_block, double* partials, Stream stream);
 
+/// As gram_chunks, of kGramCombineTasks rows at most, with the weighted sum of each tensor's rows. A tensor's pointers are
+/// those of combine.
+const char* gram_combine_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int32_t first_block,
+                                double* partials, Stream stream);
+
 /// Blocks [begin, end) of stage one make up matrix `slot`.
 struct Slot {
   int32_t slot, begin, end;

@@ -12,8 +12,10 @@
 namespace mtlkernels {
 
 /// Rows in pairs: an even row is as it is, an odd one is formed of itself and the row before it. Absent gradients are zero.
-struct PairedRows {
+struct PairedRows : GradientRows {
   PairForm kind;
+
+  __device__ explicit PairedRows(PairForm kind) : kind(kind) {}
 
   template <typename S>
   __device__ static S pair(PairForm kind, S first, S second) {
@@ -88,7 +90,7 @@ struct PairedMultiplier {
 template <typename T, int K>
 __global__ void __launch_bounds__(kGramThreads, kGramBlocks<K>)
     paired_gram_chunks(const __grid_constant__ TensorTable table, double* partials, PairForm kind) {
-  gram_of_chunk<T, K>(PairedRows{kind}, table, partials);
+  gram_of_chunk<T, K>(PairedRows{kind}, table, find_chunk(table, blockIdx.x), true, partials);
 }
 
 /// As gram_tensor_core, of rows in pairs.

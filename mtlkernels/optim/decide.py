@@ -15,6 +15,7 @@ from ..weightings.seeded import drawn_seed
 from .held import HeldWeights
 from .info import StepInfo, UpdateNorm
 from .one_pass import check_loss_only
+from .previous import WeightsFrom, check_previous
 from .roles import Roles, Task
 from .skip import first_written
 from .tracked import Tracked
@@ -33,12 +34,16 @@ class Batch(NamedTuple):
     """Of a random weighting; None: it draws its own."""
     tracked: Tracked | None = None
     """The gradients beside the weighting's memories of them."""
+    previous: Tensor | None = None
+    """Weights [K] with which the update is written already; None: it takes those of this Gram."""
 
 
 def check_options(method: Weighting | Elementwise, one_pass: bool, options: Mapping[str, object]) -> None:
     """Raises a ``ValueError`` for an option of :class:`MultiTaskOptimizer` that the method rules out."""
     if one_pass and isinstance(method, Weighting):
         check_loss_only(method, options)
+    if options["weights_from"] == "previous":
+        check_previous(method, one_pass, options)
     name = type(method).__name__
     whole = isinstance(method, (Elementwise, MemoryWeighting))
     if whole and options["per"] != "model":
@@ -53,12 +58,18 @@ class Decisions(WrappedOptimizer):
     weighting: Weighting | Elementwise
     ranks: Ranks
     update_every: int
+    weights_from: WeightsFrom
     max_norm: float | None
     on_nonfinite: str
     _crosses: bool
     """Whether the weighting takes two batches."""
     _roles: Roles
     _held: HeldWeights
+
+    @property
+    def _holds(self) -> bool:
+        """Whether later steps use the weights of this one."""
+        return self.update_every > 1 or self.weights_from == "previous"
 
     def _seed(self, computes: bool) -> Tensor | None:
         """The seed of a random weighting where it must be the same on other ranks, too."""
@@ -98,7 +109,10 @@ class Decisions(WrappedOptimizer):
         return gram if scale is None else gram / scale.double().square()
 
     def _solve(self, batch: Batch, gram: Tensor, own_gram: Tensor | None, kept: Snapshot) -> tuple[StepInfo, Tensor, Tensor]:
-        """Weights on the device: the info, those to apply ([K] or [M, K], of two batches 2K) and those of the heads."""
+        """Weights on the device: the info, those to apply ([K] or [M, K], of two batches 2K) and those of the heads.
+
+        Where the update is written already, [1] to multiply it by is what is to be applied.
+        """
         weighting, tracked, count = self.weighting, batch.tracked, len(batch.tasks)
         assert isinstance(weighting, Weighting)
         crosses = self._crosses
@@ -125,14 +139,19 @@ class Decisions(WrappedOptimizer):
             row_weights, own_weights = of_both(weights), of_both(own_weights)
         else:
             row_weights = weights = weighting(clean, active=mask, losses=losses, seed=batch.seed)
+        computed, applied_weights = weights, row_weights if tracked is None else weights
+        if batch.previous is not None:  # applied already; what is left is a factor
+            weights = batch.previous
+            row_weights = of_both(weights) if crosses else weights
+            applied_weights = torch.ones_like(weights[:1])
         update = UpdateNorm(clean, row_weights, own_clean, own_weights)
         info = StepInfo(batch.tasks, batch.losses, gram[..., :count, :count], weights, active, update)
-        usable = weights.isfinite().all() & (active.any() if drops else finite.all())
-        applied = self._checked(info, update, (row_weights if tracked is None else weights, own_weights), finite, usable)
+        usable = computed.isfinite().all() & (active.any() if drops else finite.all())
+        applied = self._checked(info, update, (applied_weights, own_weights), finite, usable)
         if self.on_nonfinite != "raise":
             kept.restore_buffers_unless(usable)
-        if self.update_every > 1:
-            self._held = self._held.updated(weights, active & usable, self.update_every)
+        if self._holds:
+            self._held = self._held.updated(computed, active & usable, self.update_every)
         return info, *applied
 
     def _keep(self, batch: Batch, square: Tensor, own_gram: Tensor | None, kept: Snapshot) -> tuple[StepInfo, Tensor, Tensor]:

@@ -71,6 +71,11 @@ def gram_source(
         )
     if optimizer.per != "model":
         raise ValueError(f'{name} is given: one backward pass has one set of weights; pass per="model".')
+    if optimizer.weights_from == "previous":
+        raise ValueError(
+            f'{name} is given, but weights_from is "previous", which needs no Gram before the update; leave {name} out, or pass '
+            'weights_from="current".'
+        )
     if optimizer._held.left > 0:
         return None
     if optimizer._accumulated.batches:

@@ -1,4 +1,4 @@
-"""The weights that steps between two updates of the weights use."""
+"""The weights that later steps use: those between two updates of the weights, or with weights of the previous step the next."""
 
 from typing import Any, NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class HeldWeights(NamedTuple):
-    """Immutable, so that a failed call leaves it as it was."""
+    """Replaced as a whole; the weights keep their memory, so that replays of a CUDA graph find them."""
 
     left: int = 0
     """Calls until the next one computes weights; 0: the next one does."""
@@ -16,7 +16,12 @@ class HeldWeights(NamedTuple):
 
     def updated(self, weights: Tensor, counted: Tensor, every: int) -> "HeldWeights":
         """After an update: new weights where ``counted``, bool [K], of a task and an update that were used."""
-        return HeldWeights(every - 1, torch.where(counted, weights, self.of_tasks(weights)))
+        held = torch.where(counted, weights, self.of_tasks(weights))
+        return HeldWeights(every - 1, held if self.weights is None else self.weights.copy_(held))
+
+    def copied(self) -> "HeldWeights":
+        """What a failed call goes back to."""
+        return self if self.weights is None else self._replace(weights=self.weights.clone())
 
     def used(self) -> "HeldWeights":
         return self._replace(left=self.left - 1)
@@ -24,6 +29,10 @@ class HeldWeights(NamedTuple):
     def of_tasks(self, like: Tensor) -> Tensor:
         """The weights, 1 / K of a task that has had none; ``like`` is a float64 [K]."""
         return torch.full_like(like, 1 / max(len(like), 1)) if self.weights is None else self.weights
+
+    def of_present(self, present: Tensor) -> Tensor | None:
+        """The weights, 0 of a task that is not ``present``, bool [K]; None before the first update."""
+        return None if self.weights is None else torch.where(present, self.weights, 0.0)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""

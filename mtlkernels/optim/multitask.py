@@ -23,6 +23,7 @@ from ..gradients import (
     check_hooks,
     check_reached,
     combine_own,
+    scattered,
     task_gradients,
     weighted_gradients,
 )
@@ -39,6 +40,7 @@ from .held import HeldWeights
 from .info import StepInfo
 from .losses import Losses, check_without_losses, order_losses, task_names
 from .one_pass import backward_of_losses, observe
+from .previous import OneRead, WeightsFrom
 from .roles import Roles, Task
 from .saved import SavedState
 from .scaler import check_not_float16, enabled_scaler, update_scale
@@ -79,6 +81,9 @@ class MultiTaskOptimizer(SavedState):
             backward passes. Those between take one of the weighted sum of the losses with the last weights; a head still gets
             its own task's gradient, from the part of the graph above it (in a compiled model nothing can be left out). A task
             keeps the weight of the last update that had it, finite, and 1 / K until then. With ``per="model"`` only.
+        weights_from: ``"previous"``: the update takes the weights of the update before, as the line above keeps them, and this
+            step's Gram gives the next one's, so that both are one read of the gradients; ``max_norm`` adds a pass over the
+            update. The first update takes its own weights. With ``per="model"``, weightings of a Gram, and not ``"drop_task"``.
         max_norm: clips the norm of the update over all parameters, as ``clip_grad_norm_`` after ``backward`` would. Each
             ``backward`` clips its own update; what :meth:`accumulate` has added up is part of it.
         on_nonfinite: what a gradient that is not finite does. ``"skip"``: the step changes nothing, nor does the weighting's
@@ -115,6 +120,7 @@ class MultiTaskOptimizer(SavedState):
         tasks: Sequence[Task] | None = None,
         per: Granularity | Mapping[str, Iterable[Tensor]] = "model",
         update_every: int = 1,
+        weights_from: WeightsFrom = "current",
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
         gradients: Source | None = None,
@@ -128,6 +134,7 @@ class MultiTaskOptimizer(SavedState):
         for name, value, known in (
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
             ("gradients", gradients, (*SOURCES, None)),
+            ("weights_from", weights_from, get_args(WeightsFrom)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
@@ -144,7 +151,8 @@ class MultiTaskOptimizer(SavedState):
             raise ValueError(f"max_norm is {max_norm!r}; pass a positive number, or None not to clip.")
         self._crosses = takes_cross(weighting)
         self._one_pass = self._takes_loss_only and isinstance(weighting, Weighting) and weighting.loss_only
-        check_options(weighting, self._one_pass, {"per": per, "update_every": update_every, "on_nonfinite": on_nonfinite})
+        options = {"per": per, "update_every": update_every, "weights_from": weights_from, "on_nonfinite": on_nonfinite}
+        check_options(weighting, self._one_pass, options)
         params = self.params
         self.ranks = ranks_of(params, process_group, mesh, self.name_of)
         self.ranks.check_gradients(gradients)
@@ -160,7 +168,7 @@ class MultiTaskOptimizer(SavedState):
         if self.tasks is not None:
             self._check_heads(self.tasks)
         self.per: Granularity | None = None if isinstance(per, Mapping) else per
-        self.update_every, self._held = update_every, HeldWeights()
+        self.update_every, self.weights_from, self._held = update_every, weights_from, HeldWeights()
         self.max_norm, self.on_nonfinite = max_norm, on_nonfinite
         self.gradients: Source = gradients or ("backward" if self.ranks.hides_leaves else "autograd")
         self.check_ranks, self._compares = check_ranks, self.ranks.size > 1
@@ -393,13 +401,16 @@ class MultiTaskOptimizer(SavedState):
                 check_reached(shared_rows, shared, self.name_of)
             factor = None if accumulate else scale  # .grad is left unscaled
             weighted = self.max_norm is not None or self.on_nonfinite == "drop_task" or ranks.scale != 1 or factor is not None
-            problems = Problems(self.per or roles.group_of_shared(), shared)
+            values, present = self._loss_values(ordered)
+            previous = self._held.of_present(present) if computes and self.weights_from == "previous" else None
+            divided = factor if self._finish is None else None  # by the finish, else
+            one_read = None if previous is None else OneRead.of(self, shared_rows, tasks, previous, divided)
+            problems = one_read or Problems(self.per or roles.group_of_shared(), shared)
             kind = self.weighting
             tracked = Tracked(kind, shared_rows, scale) if isinstance(kind, MemoryWeighting) else None
             gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale, tracked)
-            values, present = self._loss_values(ordered)
             gram, own_gram, values, seed = ranks.decisive(gram, own_gram, values, self._seed(computes))
-            facts = Batch(tasks, values, present, complete, seed, tracked)
+            facts = Batch(tasks, values, present, complete, seed, tracked, previous)
             if isinstance(kind, Elementwise):
                 info, buffers, own_weights = self._by_element(facts, shared_rows, gram, own_gram, scale, factor, kept)
             else:
@@ -408,13 +419,13 @@ class MultiTaskOptimizer(SavedState):
                 if self._compares:
                     ranks.require_equal({"weights": (None, str(info.weights.tolist()))})
                 if self._finish is not None and not accumulate:
-                    parts = Part(shared, shared_rows, problems.by_tensor(applied)), Part(own, own_rows, own_weights)
-                    self._finish.update(info, *parts, factor=factor)
+                    rows, applied = ([one_read.buffers], applied) if one_read else (shared_rows, problems.by_tensor(applied))
+                    self._finish.update(info, Part(shared, rows, applied), Part(own, own_rows, own_weights), factor=factor)
                     if source is not None:
                         source.complete(info)
                     return info
-                buffers = ranks.buffers(shared_rows, shared)
-                if tracked is None:
+                buffers = one_read.finish(applied, self.max_norm) if one_read else ranks.buffers(shared_rows, shared)
+                if tracked is None and one_read is None:
                     problems.combine(shared_rows, ranks.scaled(applied if factor is None else applied / factor), buffers)
             own_weights = own_weights if factor is None else own_weights / factor
             shows_nan = first_written(shared, buffers)
@@ -547,7 +558,7 @@ class MultiTaskOptimizer(SavedState):
         bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
         if self._held.left <= 0:
             rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, received)
-            shared_rows = [_scatter(row[: len(live)], live, len(shared)) for row in rows]
+            shared_rows = [scattered(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
         else:
             hidden = self.ranks.hides_leaves
@@ -556,9 +567,9 @@ class MultiTaskOptimizer(SavedState):
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
             row, own_grads = weighted(losses, weights, bodies, heads, self.gradients, hidden)
             own_grads = [received(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
-            shared_rows = [_scatter(received(row, bodies), live, len(shared))]
+            shared_rows = [scattered(received(row, bodies), live, len(shared))]
         self.ranks.wait()
-        own_rows = [_scatter(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
+        own_rows = [scattered(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
 
     def _scatter_row(self, row: list[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -573,17 +584,10 @@ class MultiTaskOptimizer(SavedState):
     def _undone_on_error(self) -> Iterator[Snapshot]:
         """Puts ``.grad``, the weighting's state and this object's own back when the block raises."""
         before = Snapshot(self.params, self.weighting)
-        own = self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated
+        own = self.tasks, self._skip, self._info, self._roles, self._held.copied(), self._accumulated
         try:
             yield before
         except BaseException:
             before.restore()
             self.tasks, self._skip, self._info, self._roles, self._held, self._accumulated = own
             raise
-
-
-def _scatter(values: Sequence[Tensor | None], indices: Sequence[int], size: int) -> list[Tensor | None]:
-    row: list[Tensor | None] = [None] * size
-    for index, value in zip(indices, values, strict=True):
-        row[index] = value
-    return row

@@ -36,10 +36,11 @@ class SavedState(Decisions):
     def _extra_state(self) -> dict[str, Any]:
         """``{"multitask": {"tasks": names or None, "weighting": its state dict}}``; optimizers of torch ignore the entry.
 
-        With ``update_every`` also ``"held"``: ``left``, the calls until the next update of the weights, and the ``weights``.
+        Where later steps use its weights also ``"held"``: ``left``, the calls until the next update of the weights, and
+        ``weights``.
         """
         tasks = None if self.tasks is None else list(self.tasks)
-        held = {"held": self._held.state()} if self.update_every > 1 else {}
+        held = {"held": self._held.state()} if self._holds else {}
         return {STATE_KEY: {"tasks": tasks, "weighting": dict(self.weighting.state_dict()), **held}}
 
     def _load(self, state_dict: dict[str, Any]) -> None:
@@ -49,7 +50,7 @@ class SavedState(Decisions):
             if own is not None:
                 self._load_tasks(own["tasks"])
                 load_buffers(self.weighting, own["weighting"], self.device)
-                held = own.get("held") if self.update_every > 1 else None
+                held = own.get("held") if self._holds else None
                 self._held = HeldWeights() if held is None else HeldWeights.from_state(held, self.device)
             super()._load(state_dict)
         self._forget()
