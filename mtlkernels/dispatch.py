@@ -33,6 +33,8 @@ TRITON_OPS = (
     "priority_combine_",
     "graddrop",
     "graddrop_",
+    "gradient_dropout",
+    "gradient_dropout_",
 )
 """Ops with Triton kernels. The others work on K x K matrices, where the reference will do, or are trimmed_mean."""
 GPUS = ("cuda", "xpu")
