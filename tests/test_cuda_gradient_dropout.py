@@ -3,9 +3,11 @@
 That they give them for every layout and size is test_simulated_matrix.py's to show; a shard of it is here.
 """
 
+import numpy as np
+import ptxsim
 import pytest
 import torch
-from device import requires_nvcc
+from device import FLOAT32, THREADS, address, compile_kernels, requires_nvcc, testing_module
 from helpers import DTYPES, LAYOUTS
 from simulated import simulated_cuda
 from test_gradient_dropout import MODES, SEED, SHAPES, assert_same_bits, expected, gradients, rate
@@ -122,3 +124,30 @@ def test_other_devices_are_refused():
         with pytest.raises(RuntimeError, match="p is not on the gradients' device"):
             torch.ops.mtlkernels.gradient_dropout([torch.ones(4)], p, "gaussian", SEED, [0])
         assert device.launches == []
+
+
+# --- the kernel alone, as test_planted_faults.py runs it ---------------------------------------------------------------------
+
+FLAGS = ("-fmad=false",)
+
+
+def run_kernel(mode: str = "gaussian", flags: tuple[str, ...] = FLAGS, offset: int = 0) -> None:
+    """One float32 tensor of more than a chunk, the sixth of a list, against the reference to the bit."""
+    numel, place = CHUNK + 37, 5
+    (grad,) = FLOAT32.random_row(np.random.default_rng(0), [numel], offset)
+    out, p, seed = FLOAT32.empty(numel), ptxsim.empty(1, dtype=np.float64), ptxsim.empty(1, dtype=np.int64)
+    p[...], seed[...] = 0.3, SEED.item()
+    instance = f"gradient_dropout<float, {str(mode == 'gaussian').lower()}>"
+    arguments = "const __grid_constant__ TensorTable, const double*, const int64_t*"
+    module = compile_kernels("gradient_dropout.cuh", f"{instance}({arguments})", flags=flags)
+    ((table, blocks),) = testing_module().plan([[address(grad), address(out), place]], [numel], 3)
+    read = [grad, p, seed]
+    module.launch(instance, blocks, THREADS, [table, p, seed], mem=[*read, out], outputs=[out], readonly=read)
+    wanted = expected([None] * place + [torch.from_numpy(grad.copy())], 0.3, mode)[place]
+    assert torch.from_numpy(out.copy()).equal(wanted)
+
+
+@modes
+@pytest.mark.parametrize("offset", [0, 1])
+def test_kernel_alone(mode, offset):
+    run_kernel(mode, offset=offset)
