@@ -48,6 +48,8 @@ FLAGS = {
     "csrc/cuda/kxk.cu": ["-fmad=false"],
     "csrc/cpu/graddrop.cpp": ["-ffp-contract=off"],
     "csrc/cuda/graddrop.cu": ["-fmad=false"],
+    "csrc/cpu/gradient_dropout.cpp": ["-ffp-contract=off"],
+    "csrc/cuda/gradient_dropout.cu": ["-fmad=false"],
 }
 
 CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"

@@ -1,12 +1,14 @@
-"""GradDrop and the trimmed mean on ResNet-50's gradients against one read of them, TorchJD, and plain PyTorch.
+"""GradDrop, the trimmed mean and gradient dropout on ResNet-50's gradients against one read of them, TorchJD and PyTorch.
 
 make bench ARGS="-k 'read or elementwise' --tasks 3 --dtypes float32"
 
 Counted: GradDrop reads each gradient once and writes each result once, 1 + 1/K times the gradients' bytes, and draws a random
-word for each element. The trimmed mean moves the same bytes.
+word for each element. The trimmed mean moves the same bytes. Gradient dropout takes a single list of gradients: it reads and
+writes as many bytes as one task has, 2 / K reads.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -63,3 +65,23 @@ def bench_elementwise_trimmed_mean_torchjd(measure, grads: Rows) -> None:
         pytest.skip("the trim leaves no task")
     matrix = torch.stack([torch.cat([t.flatten() for t in row]) for row in grads])
     measure("TorchJD TrimmedMean, trim 1", lambda: aggregation.TrimmedMean(1)(matrix))
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "bernoulli"])
+def bench_elementwise_gradient_dropout(
+    measure, grads: Rows, buffers: list[Tensor], mode: Literal["gaussian", "bernoulli"]
+) -> None:
+    seed = torch.tensor([1])
+    measure(f"gradient dropout, {mode}", lambda: mtl.gradient_dropout(grads[0], 0.1, mode, seed, out=buffers))
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "bernoulli"])
+def bench_elementwise_gradient_dropout_plain(measure, grads: Rows, mode: str) -> None:
+    """As the authors' code has it: noise of torch's generator, kept by autograd for the backward pass."""
+
+    def noise(grad: Tensor) -> Tensor:
+        if mode == "gaussian":
+            return torch.normal(1.0, (0.1 / 0.9) ** 0.5, grad.shape, dtype=grad.dtype)
+        return torch.empty_like(grad).bernoulli_(0.9).div_(0.9)
+
+    measure(f"the same in PyTorch, {mode}", lambda: [grad * noise(grad) for grad in grads[0]])

@@ -6,6 +6,7 @@ from .affinities import affinity, curvature_bound, lookahead_affinity
 from .aggregation import aggregate
 from .dispatch import use_backend
 from .flat import FlatGram, flat_gram, perturb_, restore_
+from .gradient_dropout import gradient_dropout
 from .landscape import ConflictShare, LossSlice, loss_slice, sharpness
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import (
@@ -51,6 +52,7 @@ __all__ = [
     "curvature_bound",
     "flat_gram",
     "get_weighting",
+    "gradient_dropout",
     "gram",
     "grouping",
     "lookahead_affinity",

@@ -1,4 +1,4 @@
-"""Rules of torch.func.vmap for the Gram ops: the samples of a batch become channels."""
+"""Rules of torch.func.vmap. For the Gram ops the samples of a batch become channels; gradient_dropout takes one by one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import gradient_dropout, reference  # noqa: F401  the first defines an op that has a rule below
 from .ops import Flat, _nest
 
 
@@ -49,5 +49,22 @@ def _cross_gram_vmap(
     return _channels_as_batch(stacked, columns, info.batch_size, per), 0
 
 
+def _gradient_dropout_vmap(
+    info: Any, in_dims: Any, flat: Sequence[Tensor], p: Tensor, mode: str, seed: Tensor, places: Sequence[int]
+) -> tuple[list[Tensor], list[int]]:
+    """Each sample gets what it gets alone: with one seed for all, they share their noise."""
+
+    def sample(tensor: Tensor, dim: int | None, index: int) -> Tensor:
+        return tensor if dim is None else tensor.select(dim, index)
+
+    results = []
+    for b in range(info.batch_size):
+        grads = [sample(grad, dim, b) for grad, dim in zip(flat, in_dims[0], strict=True)]
+        rate, own = sample(p, in_dims[1], b), sample(seed, in_dims[3], b)
+        results.append(torch.ops.mtlkernels.gradient_dropout(grads, rate, mode, own, places))
+    return [torch.stack(parts) for parts in zip(*results, strict=True)], [0] * len(flat)
+
+
 torch.library.register_vmap("mtlkernels::gram", _gram_vmap)
 torch.library.register_vmap("mtlkernels::cross_gram", _cross_gram_vmap)
+torch.library.register_vmap("mtlkernels::gradient_dropout", _gradient_dropout_vmap)

@@ -175,5 +175,5 @@ def refuse_grad(tensors: Iterable[Tensor | None], op: str) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             f"mtlkernels.{op} is not differentiable, and an input requires grad; pass .detach()ed tensors, or call it under "
-            "torch.no_grad(). Differentiable in the gradients: mtlkernels.combine."
+            "torch.no_grad(). Differentiable in the gradients, without out: mtlkernels.combine and mtlkernels.gradient_dropout."
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import elementwise, finish, flat, memory  # noqa: F401  they define ops that are asked for below
+from . import elementwise, finish, flat, gradient_dropout, memory  # noqa: F401  they define ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -35,6 +35,8 @@ TRITON_OPS = (
     "priority_combine_",
     "graddrop",
     "graddrop_",
+    "gradient_dropout",
+    "gradient_dropout_",
 )
 """Ops with Triton kernels. The others work on K x K matrices, where the reference will do, or are trimmed_mean."""
 GPUS = ("cuda", "xpu")

@@ -57,11 +57,11 @@ def testing_module() -> ModuleType:
 
 
 @cache
-def compile_kernels(header: str, *instances: str, arch: str = "sm_90") -> "ptxsim.Module":
+def compile_kernels(header: str, *instances: str, arch: str = "sm_90", flags: tuple[str, ...] = ()) -> "ptxsim.Module":
     """PTX of a header of csrc/cuda with explicit instances, as ``"combine<float, 2>(const __grid_constant__ TensorTable)"``."""
     lines = "".join(f"template __global__ void {instance};\n" for instance in instances)
     source = f'#include "{header}"\nnamespace mtlkernels {{\n{lines}}}\n'
-    return ptxsim.compile_cuda(source, arch=arch, include_dirs=[str(CSRC / "cuda")])
+    return ptxsim.compile_cuda(source, arch=arch, include_dirs=[str(CSRC / "cuda")], extra_flags=flags)
 
 
 class DType:

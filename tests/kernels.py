@@ -54,6 +54,7 @@ SHORT_CHANNELS = "a warp takes up weights and addresses anew for every channel, 
 SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 cache when they come again"
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they are multiplied as float32, from three bfloat16"
+NORMAL_NUMBERS = "a logarithm, a root and two cosines for every two elements, besides ten rounds of Philox for every four"
 RANDOM_WORDS = "ten rounds of Philox for every four elements, and few bytes of them in 16 bits"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
@@ -74,6 +75,12 @@ SLOWER_THAN_DRAM = [
     ("graddrop", "A100 H100", 1.3, RANDOM_WORDS),
     ("graddrop", "H200", 1.8, RANDOM_WORDS),
     ("graddrop", "B200", 2.7, RANDOM_WORDS),
+    ("gradient_dropout", "A100 H100", 1.9, NORMAL_NUMBERS),
+    ("gradient_dropout", "H200", 2.6, NORMAL_NUMBERS),
+    ("gradient_dropout", "B200", 3.9, NORMAL_NUMBERS),
+    ("gradient_dropout bernoulli", "A100 H100", 1.2, RANDOM_WORDS),
+    ("gradient_dropout bernoulli", "H200", 1.6, RANDOM_WORDS),
+    ("gradient_dropout bernoulli", "B200", 2.3, RANDOM_WORDS),
 ]
 """(op, chips, factor, why): what may take that much longer than DRAM does, in float32 and bfloat16, with 2 to 16 tasks."""
 
@@ -160,6 +167,15 @@ def _graddrop(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.graddrop_(out, flat, leak, None, seed, [0]), [*flat, *out], CHUNK)
 
 
+def _gradient_dropout(mode: str) -> Callable[[int, torch.dtype], Call]:
+    def call(num_tasks: int, dtype: torch.dtype) -> Call:
+        (grads,), out = _gradients(1, dtype), [torch.empty(CHUNK, dtype=dtype)]
+        p, seed = torch.tensor(0.1, dtype=torch.float64), torch.tensor([3])
+        return Call(lambda: torch.ops.mtlkernels.gradient_dropout_(out, grads, p, mode, seed, [0]), [*grads, *out], CHUNK)
+
+    return call
+
+
 def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
     memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
@@ -180,6 +196,8 @@ OPS = {
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
     "graddrop": _graddrop,
+    "gradient_dropout": _gradient_dropout("gaussian"),
+    "gradient_dropout bernoulli": _gradient_dropout("bernoulli"),
     "memory_combine_": _memory_combine,
 }
 """Op on gradients -> its representative call."""

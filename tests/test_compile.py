@@ -333,6 +333,27 @@ OPCHECKS = {
         OPS.trimmed_mean_,
         (flat(1, [(4, 3), (5,)], seed=1), flat(3, [(4, 3), (5,)]), 3, 1, None),
     ),
+    "gradient_dropout": lambda: (
+        OPS.gradient_dropout,
+        (flat(1, [(4, 3), (5,), ()]), torch.tensor(0.3).double(), "gaussian", SEED, [0, 1, 4]),
+    ),
+    "gradient_dropout, bernoulli": lambda: (
+        OPS.gradient_dropout,
+        (flat(1, [(4, 3), (5,)], torch.bfloat16), torch.tensor([0.3]).double(), "bernoulli", SEED, [0, 1]),
+    ),
+    "gradient_dropout, strided": lambda: (
+        OPS.gradient_dropout,
+        ([t for t in strided() if t is not None], torch.tensor(0.3).double(), "gaussian", SEED, list(range(6))),
+    ),
+    "gradient_dropout, differentiated": lambda: (
+        OPS.gradient_dropout,
+        (leaves(1, [(4, 3), (5,)]), torch.tensor(0.3).double(), "gaussian", SEED, [0, 1]),
+    ),
+    "gradient_dropout, empty": lambda: (OPS.gradient_dropout, ([], torch.tensor(0.3).double(), "gaussian", SEED, [])),
+    "gradient_dropout_": lambda: (
+        OPS.gradient_dropout_,
+        (flat(1, [(4, 3)], seed=1), flat(1, [(4, 3)]), torch.tensor(0.3).double(), "bernoulli", SEED, [2]),
+    ),
     "connection_strength": lambda: (
         OPS.connection_strength,
         (torch.rand(7, dtype=torch.float64), [torch.rand(3, 4), torch.rand(3, 3)], [torch.rand(3, 4), torch.rand(3, 3)], 1e-5),

@@ -28,6 +28,8 @@ OPS = {
     "graddrop_",
     "trimmed_mean",
     "trimmed_mean_",
+    "gradient_dropout",
+    "gradient_dropout_",
     "paired_gram",
     "perturb_",
     "memory_combine_",

@@ -14,6 +14,7 @@ import pytest
 import sass
 import test_cuda_combine
 import test_cuda_flat
+import test_cuda_gradient_dropout
 import test_cuda_gram
 import test_cuda_mix
 import test_cuda_priority
@@ -152,6 +153,45 @@ def test_rows_formed_wrongly(plant, old, new, num_rows, size):
     plant("cuda/paired_gram.cuh", (old, new))
     with pytest.raises((AssertionError, SimError)):
         test_cuda_flat.run_kernel(num_rows, size)
+
+
+NOISE_FAULTS = {
+    "a tail too long": ("cuda/gradient_dropout.cuh", "e < chunk.end; e += kNoise", "e <= chunk.end; e += kNoise", {}),
+    "no tail": ("cuda/gradient_dropout.cuh", "e < chunk.end; e += kNoise", "e < 0; e += kNoise", {}),
+    "a misaligned gradient": (
+        "cuda/gradient_dropout.cuh",
+        "is_aligned(grad) && is_aligned(out)",
+        "is_aligned(out)",
+        {"offset": 1},
+    ),
+    "words of a chunk": ("cuda/gradient_dropout.cuh", "(e + first) / 4)", "(e + first) % 8192 / 4)", {}),
+    "words of a tail": ("cuda/gradient_dropout.cuh", "place, e / 4)", "place, (e - 1) / 4)", {}),
+    "the first tensor's words": ("cuda/gradient_dropout.cuh", "uintptr_t>(pointers[2])", "uintptr_t>(pointers[2]) * 0", {}),
+    "one pair twice": ("cuda/gradient_dropout.cuh", "words.word[i + 1]", "words.word[1]", {}),
+    "two cosines": ("cuda/gradient_dropout.cuh", "normal_cosine(odd - kQuarterTurn)", "normal_cosine(odd)", {}),
+    "two cosines in a tail": ("cuda/gradient_dropout.cuh", "odd - (e & 1 ? kQuarterTurn : 0)", "odd", {}),
+    "half the angles": ("cuda/random.cuh", "int32_t(word) < 0 ? 0u - word : word", "word", {}),
+    "a root rounded down": ("cuda/random.cuh", "__fsqrt_rn", "__fsqrt_rd", {}),
+    "a coefficient's last place": ("common/normal.h", "0.20213793218135834f", "0.20213794708251953f", {}),
+    "a rate's last place": ("common/gradient_dropout.h", "root(S(p) / keep)", "root(S(p)) / root(keep)", {}),
+    "twice the rate": ("common/gradient_dropout.h", "p * 0x1p32", "p * 0x1p33", {"mode": "bernoulli"}),
+    "no scale": ("common/gradient_dropout.h", "S(1) / keep", "S(1)", {"mode": "bernoulli"}),
+}
+
+
+@pytest.mark.parametrize("fault", NOISE_FAULTS)
+def test_faults_of_gradient_dropout(plant, fault):
+    file, old, new, options = NOISE_FAULTS[fault]
+    plant(file, (old, new))
+    with pytest.raises((SimError, AssertionError)):
+        test_cuda_gradient_dropout.run_kernel(**options)
+
+
+def test_fused_multiply_adds_give_other_bits():
+    """What the flag of setup.py is for."""
+    assert kernels.setup_script()["FLAGS"]["csrc/cuda/gradient_dropout.cu"] == list(test_cuda_gradient_dropout.FLAGS)
+    with pytest.raises(AssertionError):
+        test_cuda_gradient_dropout.run_kernel(flags=())
 
 
 # --- indices ------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import test_bad_input
 import test_combine
 import test_flat_ops
 import test_graddrop
+import test_gradient_dropout
 import test_gram
 import test_kxk
 import test_mix_project
@@ -30,6 +31,7 @@ for module in (
     test_combine,
     test_flat_ops,
     test_graddrop,
+    test_gradient_dropout,
     test_gram,
     test_kxk,
     test_mix_project,

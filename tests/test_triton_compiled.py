@@ -13,8 +13,9 @@ from helpers import random_gradients
 from triton_device import signature
 
 from mtlkernels import _library
+from mtlkernels.gradient_dropout import MODES
 from mtlkernels.memory import memory_dtype
-from mtlkernels.triton import combine, graddrop, gram, launch, memory, perturb, priority, targets
+from mtlkernels.triton import combine, graddrop, gradient_dropout, gram, launch, memory, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -38,7 +39,7 @@ def max_registers(target: targets.Target) -> int:
     """Of a thread: 128 leave room for two programs of 256 threads, 160 for three of 128 threads, 255 for one or two."""
     if target.kernel in STAGES_BETWEEN:
         return 64 if target.num_rows <= 16 else 255
-    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks):
+    if target.kernel in (combine.combine_chunks, perturb.perturb_chunks, gradient_dropout.gradient_dropout_chunks):
         return 160
     if target.kernel is graddrop.graddrop_chunks:  # 16 bytes of 16 bits are eight elements, each with four sums and a word
         return 160 if target.dtype.itemsize >= 4 else 240
@@ -102,6 +103,11 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
     drop = graddrop.Drop(torch.zeros(num_tasks, dtype=torch.float64), None, torch.zeros(1, dtype=torch.int64), [0, 1])
     launches += graddrop.plan(columns, [torch.empty_like(c[0]) for c in columns], drop)
+    for mode in MODES:
+        dropout = gradient_dropout.Dropout(
+            torch.tensor(0.1, dtype=torch.float64), mode, torch.zeros(1, dtype=torch.int64), [0, 1]
+        )
+        launches += gradient_dropout.plan([c[:1] for c in columns], [torch.empty_like(c[0]) for c in columns], dropout)
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     for own in launches:

@@ -150,6 +150,24 @@ def test_graddrop(dtype, num_tasks):
     torch.testing.assert_close(grads[-1], expected, rtol=tolerance, atol=0)
 
 
+@pytest.mark.parametrize("mode", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_dropout(dtype, mode):
+    grads = random_gradients(1, SHAPES, dtype)[0]
+    grads[1] = LAYOUTS["transposed"](grads[1]).requires_grad_()
+    seed = torch.tensor([-3])
+    with mtl.use_backend("reference"):
+        expected = mtl.gradient_dropout(grads, 0.3, mode, seed)
+        slope = torch.autograd.grad(expected[1].sum(), grads[1])
+    actual = mtl.gradient_dropout(grads, 0.3, mode, seed)
+    tolerance = 2.0**-7 if dtype == torch.bfloat16 else 0  # which is truncated where it is rounded
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(actual[1].sum(), grads[1]), slope, rtol=tolerance, atol=0)
+    grads[1] = grads[1].detach()
+    mtl.gradient_dropout(grads, 0.3, mode, seed, out=grads)
+    torch.testing.assert_close(grads, [t.detach() for t in expected], rtol=tolerance, atol=0)
+
+
 def test_in_place_and_overlapping_buffers():
     weights = torch.tensor([[0.5, -2.0], [1.0, 3.0]])
     grads = random_gradients(2, [(40,), (30,)])

@@ -16,16 +16,18 @@ std::optional<Tensor> checked_active(const std::optional<Tensor>& active, const 
   return torch::stable::contiguous(*active);
 }
 
+void check_random(const Tensor& seed, const std::vector<int64_t>& places, const Columns& columns) {
+  require(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed is not one int64");
+  require(int64_t(places.size()) == columns.size(), "places has the wrong number of indices");
+  require(std::all_of(places.begin(), places.end(), [](int64_t n) { return n >= 0 && n >> 32 == 0; }),
+          "places holds an index that is not from 0 to 2^32 - 1");
+  require(columns.size() == 0 || columns.same_device(seed), "seed is not on the gradients' device");
+}
+
 Draw checked(const Draw& draw, const Columns& columns) {
   require(draw.leak.scalar_type() == ScalarType::Double && draw.leak.dim() == 1, "leak is not float64 [K]");
-  require(draw.seed.scalar_type() == ScalarType::Long && draw.seed.numel() == 1, "seed is not one int64");
-  require(int64_t(draw.places.size()) == columns.size(), "places has the wrong number of indices");
-  require(std::all_of(draw.places.begin(), draw.places.end(), [](int64_t n) { return n >= 0 && n >> 32 == 0; }),
-          "places holds an index that is not from 0 to 2^32 - 1");
-  if (columns.size() > 0) {
-    require(columns.same_device(draw.leak), "leak is not on the gradients' device");
-    require(columns.same_device(draw.seed), "seed is not on the gradients' device");
-  }
+  require(columns.size() == 0 || columns.same_device(draw.leak), "leak is not on the gradients' device");
+  check_random(draw.seed, draw.places, columns);
   return {torch::stable::contiguous(draw.leak), checked_active(draw.active, columns, draw.num_tasks()), draw.seed, draw.places};
 }
 

@@ -44,6 +44,9 @@ struct Draw {
 /// The same, checked against the columns, and contiguous.
 Draw checked(const Draw& draw, const Columns& columns);
 
+/// Throws unless `seed` is one int64 on the columns' device and `places` is an index for each column.
+void check_random(const Tensor& seed, const std::vector<int64_t>& places, const Columns& columns);
+
 /// Which of the columns' results are stored past the caches: large ones that are not one of their rows.
 std::vector<cpu::Output> outputs_of(const Columns& columns);
 

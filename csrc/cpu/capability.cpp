@@ -20,6 +20,7 @@ namespace mtlkernels::cpu {
                         const Output& out);                                                                                    \
   void graddrop(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out);                        \
   void trimmed_mean(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out);                    \
+  void gradient_dropout(const Column& column, const Noise& noise, int64_t begin, int64_t end, const Output& out);              \
   }
 
 MTL_DECLARE_KERNELS(baseline)
@@ -30,10 +31,10 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-#define MTL_KERNELS(isa)                                                           \
-  {#isa,          isa::gram,           isa::combine,        isa::gram_combine,     \
-   isa::perturb,  isa::memory_combine, isa::priority_inner, isa::priority_combine, \
-   isa::graddrop, isa::trimmed_mean}
+#define MTL_KERNELS(isa)                                                            \
+  {#isa,          isa::gram,           isa::combine,         isa::gram_combine,     \
+   isa::perturb,  isa::memory_combine, isa::priority_inner,  isa::priority_combine, \
+   isa::graddrop, isa::trimmed_mean,   isa::gradient_dropout}
 
 const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)

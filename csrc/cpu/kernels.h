@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/gradient_dropout.h"
 #include "../common/numeric.h"
 #include "../common/paired_plan.h"
 
@@ -55,6 +56,15 @@ struct Trim {
   const bool* active;  // [num_rows], or null for all; a row that is not active is not read
 };
 
+/// What gradient dropout multiplies a tensor with.
+struct Noise {
+  bool gaussian;  // draws are normal numbers; else 1 or 0
+  NoiseLevel<float> narrow;
+  NoiseLevel<double> wide;  // for float64 gradients
+  uint64_t seed;
+  uint32_t place;  // of the tensor in the list
+};
+
 struct Kernels {
   const char* name;
 
@@ -100,6 +110,10 @@ struct Kernels {
   /// out = the mean of the active rows' elements [begin, end) that are left, as trim_extremes of mtlkernels/elementwise.py; an
   /// absent row is zeros. The output may be one of the rows.
   void (*trimmed_mean)(const Column& column, const Trim& trim, int64_t begin, int64_t end, const Output& out);
+
+  /// out = the only row times noise, as noise of mtlkernels/gradient_dropout.py, over elements [begin, end) in logical order;
+  /// begin is a multiple of 4. The output may be the row.
+  void (*gradient_dropout)(const Column& column, const Noise& noise, int64_t begin, int64_t end, const Output& out);
 };
 
 /// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names

@@ -1,6 +1,8 @@
 #pragma once
-// Random words of consecutive elements, a vector of Philox counters at a time: element_words of mtlkernels/random.py.
+// Random words and numbers of consecutive elements, a vector at a time: element_words and what is made of them in
+// mtlkernels/random.py.
 
+#include "../common/normal.h"
 #include "../common/philox.h"
 #include "vector.h"
 
@@ -113,6 +115,42 @@ inline FloatVector uniforms(const uint32_t* words, float) {
 }
 inline DoubleVector uniforms(const uint32_t* words, double) {
   return (__builtin_convertvector((HalfIntVector)(load<HalfWordVector>(words) >> 9), DoubleVector) + 0.5) * 0x1p-23;
+}
+
+/// Rounded to nearest.
+inline FloatVector square_root(FloatVector value) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (FloatVector)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+  return (FloatVector)_mm_sqrt_ps((__m128)value);
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
+  return value;
+#endif
+}
+
+/// Standard normal numbers of a vector of words, which begins with an even element: element_normals of mtlkernels/random.py.
+inline FloatVector normal(WordVector words) {
+  const CounterVector pairs = (CounterVector)words;
+  const WordVector even = (WordVector)((pairs & 0xffffffff) | pairs << 32);  // a pair's even word in both of its lanes
+  const WordVector odd = (WordVector)(pairs >> 32 | (pairs & ~0xffffffffull));
+  const FloatVector uniform = (__builtin_convertvector((IntVector)(even >> 1), FloatVector) + 0.5f) * 0x1p-31f;
+  const IntVector bits = (IntVector)uniform - kRootHalf;
+  const FloatVector exponent = __builtin_convertvector(bits >> 23, FloatVector);
+  const FloatVector fraction = (FloatVector)((bits & 0x7fffff) + kRootHalf) - 1.0f;
+  const FloatVector radius = square_root(exponent * kLog2 + fraction * log_polynomial(fraction));
+  const WordVector turn = odd - (WordVector)(CounterVector{} + (uint64_t(kQuarterTurn) << 32));
+  const WordVector sign = (WordVector)((IntVector)turn >> 31);  // all ones where negative
+  const WordVector size = (turn ^ sign) - sign;
+  const FloatVector height = __builtin_convertvector((IntVector)(kQuarterTurn - size), FloatVector) * 0x1p-31f;
+  return radius * (height * sine_polynomial(height * height));
+}
+
+/// Those of the words, float in their place; whole vectors, from an even element on.
+inline void normals(int64_t count, uint32_t* words) {
+  for (int64_t e = 0; e < count; e += kLanes<float>) store(words + e, normal(load<WordVector>(words + e)));
 }
 
 }  // namespace

@@ -52,6 +52,11 @@ const char* perturb(DType dtype, const std::vector<PlannedTensor>& tensors, bool
 const char* graddrop(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, const double* leak,
                      const bool* active, const int64_t* seed, Stream stream);
 
+/// gradient_dropout for every tensor; the tensors share a dtype. A tensor's pointers are its gradient, its result, and its
+/// index in the list as an integer. One rate `p` and one seed on the device. Otherwise as combine.
+const char* gradient_dropout(DType dtype, const std::vector<PlannedTensor>& tensors, bool gaussian, const double* p,
+                             const int64_t* seed, Stream stream);
+
 /// memory <- keep memory + scale g and out = sum_k weight_k memory_k for every tensor, with `squares` of g^2 and of g; the
 /// tensors share a dtype. A tensor's pointers are its `num_tasks` gradients (kMemoryTasks at most; null where absent), as many
 /// memories, float32 or beside float64 gradients float64, and its result; `factors` [3, num_tasks] on the device are keep,

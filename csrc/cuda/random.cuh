@@ -1,6 +1,7 @@
 #pragma once
-// Random words of consecutive elements: element_words of mtlkernels/random.py.
+// Random words and numbers of consecutive elements: element_words and what is made of them in mtlkernels/random.py.
 
+#include "../common/normal.h"
 #include "../common/philox.h"
 
 namespace mtlkernels {
@@ -12,6 +13,21 @@ __device__ inline Philox element_words(uint64_t seed, uint32_t place, int64_t bl
 
 /// A uniform number in (0, 1) from a word: to_uniform of mtlkernels/random.py. Exact in float32.
 __device__ inline float uniform(uint32_t word) { return (float(word >> 9) + 0.5f) * 0x1p-23f; }
+
+/// The radius of a pair of standard normal numbers from its even word: element_normals of mtlkernels/random.py.
+__device__ inline float normal_radius(uint32_t word) {
+  const float uniform = (float(int32_t(word >> 1)) + 0.5f) * 0x1p-31f;
+  const int32_t bits = __float_as_int(uniform) - kRootHalf;
+  const float fraction = __int_as_float((bits & 0x7fffff) + kRootHalf) - 1.0f;
+  return __fsqrt_rn(float(bits >> 23) * kLog2 + fraction * log_polynomial(fraction));
+}
+
+/// The cosine of the angle that a word names, in units of 2^-32 turns.
+__device__ inline float normal_cosine(uint32_t word) {
+  const uint32_t size = int32_t(word) < 0 ? 0u - word : word;
+  const float height = float(int32_t(kQuarterTurn - size)) * 0x1p-31f;
+  return height * sine_polynomial(height * height);
+}
 
 /// Uniform numbers of `lanes` consecutive elements from e on, a multiple of min(lanes, 4).
 template <int lanes>

@@ -8,7 +8,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, graddrop, gram, memory, perturb, priority
+from ..gradient_dropout import MODES
+from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -49,6 +50,8 @@ class Target(NamedTuple):
             return perturb.meta(self.dtype, chip)
         if self.kernel is graddrop.graddrop_chunks:
             return graddrop.meta(self.num_rows, self.dtype, chip)
+        if self.kernel is gradient_dropout.gradient_dropout_chunks:
+            return gradient_dropout.meta(self.dtype, self.variant == "gaussian", chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
@@ -70,6 +73,8 @@ def targets() -> Iterator[Target]:
             yield Target(priority.priority_results, num_rows, dtype, "results")
         for num_rows in graddrop.CLASSES:
             yield Target(graddrop.graddrop_chunks, num_rows, dtype, "graddrop")
+        for mode in MODES:
+            yield Target(gradient_dropout.gradient_dropout_chunks, 1, dtype, mode)
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
         yield Target(memory.memory_chunks, 4, dtype, "memory")
     for num_rows in priority.CLASSES:
@@ -97,6 +102,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is graddrop.graddrop_chunks:
         pointers = {"table": "*i64", "leak": "*fp64", "active": "*u8", "seeds": "*i64"}
         numbers = ["num_tensors", "num_rows", "all_active"]
+    elif target.kernel is gradient_dropout.gradient_dropout_chunks:
+        pointers = {"table": "*i64", "rate": "*fp64", "seeds": "*i64"}
+        numbers = ["num_tensors"]
     elif target.kernel is memory.memory_chunks:
         pointers = {"table": "*i64", "factors": "*fp64"}
         numbers = ["num_tensors", "num_tasks", "squares"]

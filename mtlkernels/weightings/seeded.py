@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..random import draw_seed
 from .base import Weighting
 
 
@@ -23,13 +24,7 @@ class Seeded(torch.nn.Module):
 
     def draw_seed(self, device: torch.device) -> Tensor:
         """One int64 on ``device``, from the generator."""
-        if self.generator is None:
-            return torch.randint(2**63 - 1, (1,), device=device)
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "generator cannot be used inside a compiled graph; draw outside it and pass seed=weighting.draw_seed(device)."
-            )
-        return torch.randint(2**63 - 1, (1,), device=self.generator.device, generator=self.generator).to(device)
+        return draw_seed(device, self.generator)
 
     def get_extra_state(self) -> Tensor | None:
         """The generator's state, uint8; None without one."""

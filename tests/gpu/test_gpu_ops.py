@@ -112,6 +112,20 @@ def test_graddrop_gives_the_bits_of_the_cpu(kernels, device, num_tasks, dtype):
     assert all(a.cpu().equal(e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["gaussian", "bernoulli"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_dropout_gives_the_bits_of_the_cpu(kernels, device, dtype, mode):
+    grads = random_gradients(1, [*SHAPES, (2**20 + 3,)], dtype)[0]
+    expected = mtl.gradient_dropout(grads, 0.3, mode, SEED)
+    leaves = [g.to(device).requires_grad_() for g in grads]
+    actual = mtl.gradient_dropout(leaves, 0.3, mode, SEED.to(device))
+    slopes = torch.autograd.grad(actual, leaves, [g.detach() for g in leaves])
+    for results in (actual, slopes):
+        assert all(a.detach().cpu().equal(e) for a, e in zip(results, expected, strict=True))
+    invalid = torch.tensor(1.5, dtype=torch.float64, device=device)
+    assert all(t.isnan().all() for t in mtl.gradient_dropout([g.detach() for g in leaves], invalid, mode, SEED.to(device)))
+
+
 @pytest.mark.parametrize("form", ["difference", "product"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 5, 8, 9, 20, 32])
