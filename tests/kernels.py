@@ -153,6 +153,12 @@ def _graddrop(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: torch.ops.mtlkernels.graddrop_(out, flat, leak, None, seed, [0]), [*flat, *out], CHUNK)
 
 
+def _trimmed_mean(num_tasks: int, dtype: torch.dtype, trim: int) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    flat, trim = [row[0] for row in grads], min(trim, (num_tasks - 1) // 2)
+    return Call(lambda: torch.ops.mtlkernels.trimmed_mean_(out, flat, num_tasks, trim, None), [*flat, *out], CHUNK)
+
+
 def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
     memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
@@ -172,6 +178,9 @@ OPS = {
     "flat_gram": _flat_gram,
     "perturb_": _perturb,
     "graddrop": _graddrop,
+    "trimmed_mean": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 1),
+    "trimmed_mean, trim 3": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 3),
+    "trimmed_mean, median": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, num_tasks),
     "memory_combine_": _memory_combine,
 }
 """Op on gradients -> its representative call."""

@@ -214,6 +214,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "memory_combine_",  # test_cuda_memory.py
         "graddrop",  # test_graddrop.py and test_cuda_graddrop.py
         "graddrop_",
+        "trimmed_mean",  # test_cuda_trimmed_mean.py
+        "trimmed_mean_",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -243,6 +245,8 @@ def test_every_kernel_is_launched_by_an_op():
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
                 move(grads)
                 mtl.aggregate(grads, "graddrop")
+                for trim in {min(trim, (num_tasks - 1) // 2) for trim in (1, 3, 8, 31)}:
+                    mtl.TrimmedMean(trim)(grads)
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
@@ -364,6 +368,8 @@ FAILING = {
     "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
     "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "memory_combine_": lambda grads: move(grads),
+    "graddrop": lambda grads: mtl.aggregate(grads, "graddrop"),
+    "trimmed_mean": lambda grads: mtl.aggregate(grads, "trimmed_mean"),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }

@@ -14,7 +14,7 @@ from triton_device import signature
 
 from mtlkernels import _library
 from mtlkernels.memory import memory_dtype
-from mtlkernels.triton import combine, graddrop, gram, launch, memory, perturb, priority, targets
+from mtlkernels.triton import combine, graddrop, gram, launch, memory, perturb, priority, targets, trimmed_mean
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -102,6 +102,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     launches += perturb.plan(first, [torch.empty_like(c[0]) for c in columns], torch.ones(2, dtype=torch.float64), True)
     drop = graddrop.Drop(torch.zeros(num_tasks, dtype=torch.float64), None, torch.zeros(1, dtype=torch.int64), [0, 1])
     launches += graddrop.plan(columns, [torch.empty_like(c[0]) for c in columns], drop)
+    for trim in {min(trim, (num_tasks - 1) // 2) for trim in trimmed_mean.CLASSES}:
+        launches += trimmed_mean.plan(columns, [torch.empty_like(c[0]) for c in columns], num_tasks, trim, None)
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     for own in launches:
@@ -131,3 +133,5 @@ def test_too_many_tasks():
         combine.meta(257, torch.float32, True)
     with pytest.raises(ValueError, match=r"grads has 65 rows; priority_combine takes at most 64 tasks in Triton"):
         priority.meta(65, torch.float32)
+    with pytest.raises(ValueError, match=r"trim is 33; trimmed_mean leaves out at most 32 gradients on each side in Triton"):
+        trimmed_mean.meta(33, torch.float32)

@@ -16,6 +16,10 @@ std::optional<Tensor> checked_active(const std::optional<Tensor>& active, const 
   return torch::stable::contiguous(*active);
 }
 
+void check_trim(int64_t trim, int64_t num_tasks) {
+  require(trim >= 0 && num_tasks > 0 && trim <= (num_tasks - 1) / 2, "trim leaves no task");
+}
+
 Draw checked(const Draw& draw, const Columns& columns) {
   require(draw.leak.scalar_type() == ScalarType::Double && draw.leak.dim() == 1, "leak is not float64 [K]");
   require(draw.seed.scalar_type() == ScalarType::Long && draw.seed.numel() == 1, "seed is not one int64");

@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, graddrop, gram, memory, perturb, priority
+from . import combine, graddrop, gram, memory, perturb, priority, trimmed_mean
 
 OPS = {
     "gram": gram.gram,
@@ -25,5 +25,7 @@ OPS = {
     "priority_combine_": priority.priority_combine_,
     "graddrop": graddrop.graddrop,
     "graddrop_": graddrop.graddrop_,
+    "trimmed_mean": trimmed_mean.trimmed_mean,
+    "trimmed_mean_": trimmed_mean.trimmed_mean_,
 }
 """Op name -> implementation with the op's own signature."""

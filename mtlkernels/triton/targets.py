@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, graddrop, gram, memory, perturb, priority
+from . import combine, graddrop, gram, memory, perturb, priority, trimmed_mean
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -49,6 +49,8 @@ class Target(NamedTuple):
             return perturb.meta(self.dtype, chip)
         if self.kernel is graddrop.graddrop_chunks:
             return graddrop.meta(self.num_rows, self.dtype, chip)
+        if self.kernel is trimmed_mean.trimmed_mean_chunks:
+            return trimmed_mean.meta(int(self.variant.removeprefix("trim ")), self.dtype, chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
@@ -70,6 +72,8 @@ def targets() -> Iterator[Target]:
             yield Target(priority.priority_results, num_rows, dtype, "results")
         for num_rows in graddrop.CLASSES:
             yield Target(graddrop.graddrop_chunks, num_rows, dtype, "graddrop")
+        for trim in trimmed_mean.CLASSES:
+            yield Target(trimmed_mean.trimmed_mean_chunks, 2 * trim + 1, dtype, f"trim {trim}")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
         yield Target(memory.memory_chunks, 4, dtype, "memory")
     for num_rows in priority.CLASSES:
@@ -97,6 +101,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is graddrop.graddrop_chunks:
         pointers = {"table": "*i64", "leak": "*fp64", "active": "*u8", "seeds": "*i64"}
         numbers = ["num_tensors", "num_rows", "all_active"]
+    elif target.kernel is trimmed_mean.trimmed_mean_chunks:
+        pointers = {"table": "*i64", "active": "*u8"}
+        numbers = ["num_tensors", "num_rows", "all_active", "trim"]
     elif target.kernel is memory.memory_chunks:
         pointers = {"table": "*i64", "factors": "*fp64"}
         numbers = ["num_tensors", "num_tasks", "squares"]
