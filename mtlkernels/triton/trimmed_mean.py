@@ -91,11 +91,13 @@ def _trim(
     mask = offsets < count
     smallest = tl.full([E], float("-inf"), S)
     largest = tl.full([E], float("nan"), S)
+    # Read anew for every tile: else what the ends start with, 2 B numbers, takes registers of its own across the loop over tiles.
+    full = dropped + (tl.load(pointers + num_rows, volatile=True) == 0).to(tl.int32)
     low = ()
     high = ()
     for i in tl.static_range(B):
-        low = low + (tl.where(i < dropped, largest, smallest),)
-        high = high + (tl.where(i < dropped, smallest, largest),)
+        low = low + (tl.where(i < full, largest, smallest),)
+        high = high + (tl.where(i < full, smallest, largest),)
     total = tl.zeros([E], S)
     before = 0  # active rows
     for first in range(0, num_rows, G):
