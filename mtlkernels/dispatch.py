@@ -37,8 +37,10 @@ TRITON_OPS = (
     "graddrop_",
     "gradient_dropout",
     "gradient_dropout_",
+    "trimmed_mean",
+    "trimmed_mean_",
 )
-"""Ops with Triton kernels. The others work on K x K matrices, where the reference will do, or are trimmed_mean."""
+"""Ops with Triton kernels. The others work on K x K matrices, where the reference will do."""
 GPUS = ("cuda", "xpu")
 """Device types that Triton compiles for; ROCm's is called cuda, too."""
 

@@ -33,6 +33,7 @@ LARGE_MODEL = 10**9
 CHUNK = 8192
 
 FEW_WARPS = "registers or shared memory leave room for few warps"
+EXCHANGES = "two instructions for each of 2 trim exchanges of a float32 or of two 16-bit gradients"
 BELOW_BAR = [
     (r"gram_tensor_core<(float|double),(16|64)>", "B200", FEW_WARPS),
     (r"gram_tensor_core<double,64>", "A100 H200", FEW_WARPS),
@@ -46,6 +47,8 @@ BELOW_BAR = [
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
     (r"graddrop<((BFloat16|__half),[12]|.*,64)>", "B200", FEW_WARPS),
     (r"memory_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
+    (r"trimmed_mean<.*,64,8>", "H100 H200 B200", EXCHANGES),
+    (r"trimmed_mean<.*,64,32>", "A100 H100 H200 B200", EXCHANGES),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
@@ -55,6 +58,7 @@ SHORT_BLOCKS = "blocks are short, so that their gradients still lie in the L2 ca
 MANY_RESULTS = "K results of K rows take K multiply-adds an element"
 FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they are multiplied as float32, from three bfloat16"
 NORMAL_NUMBERS = "a logarithm, a root and two cosines for every two elements, besides ten rounds of Philox for every four"
+DIVISIONS = "a division for every element, and few bytes of them in 16 bits"
 RANDOM_WORDS = "ten rounds of Philox for every four elements, and few bytes of them in 16 bits"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
@@ -81,6 +85,12 @@ SLOWER_THAN_DRAM = [
     ("gradient_dropout bernoulli", "A100 H100", 1.2, RANDOM_WORDS),
     ("gradient_dropout bernoulli", "H200", 1.6, RANDOM_WORDS),
     ("gradient_dropout bernoulli", "B200", 2.3, RANDOM_WORDS),
+    ("trimmed_mean", "B200", 1.2, DIVISIONS),
+    ("trimmed_mean, trim 3", "H200", 1.4, EXCHANGES),
+    ("trimmed_mean, trim 3", "B200", 2.0, EXCHANGES),
+    ("trimmed_mean, median", "A100 H100", 2.2, EXCHANGES),
+    ("trimmed_mean, median", "H200", 3.0, EXCHANGES),
+    ("trimmed_mean, median", "B200", 4.4, EXCHANGES),
 ]
 """(op, chips, factor, why): what may take that much longer than DRAM does, in float32 and bfloat16, with 2 to 16 tasks."""
 
@@ -176,6 +186,12 @@ def _gradient_dropout(mode: str) -> Callable[[int, torch.dtype], Call]:
     return call
 
 
+def _trimmed_mean(num_tasks: int, dtype: torch.dtype, trim: int) -> Call:
+    grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
+    flat, trim = [row[0] for row in grads], min(trim, (num_tasks - 1) // 2)
+    return Call(lambda: torch.ops.mtlkernels.trimmed_mean_(out, flat, num_tasks, trim, None), [*flat, *out], CHUNK)
+
+
 def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
     memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
@@ -198,6 +214,9 @@ OPS = {
     "graddrop": _graddrop,
     "gradient_dropout": _gradient_dropout("gaussian"),
     "gradient_dropout bernoulli": _gradient_dropout("bernoulli"),
+    "trimmed_mean": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 1),
+    "trimmed_mean, trim 3": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 3),
+    "trimmed_mean, median": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, num_tasks),
     "memory_combine_": _memory_combine,
 }
 """Op on gradients -> its representative call."""

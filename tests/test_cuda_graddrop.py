@@ -6,9 +6,10 @@ That they give them for every layout and size is test_simulated_matrix.py's to s
 import pytest
 import torch
 from device import requires_nvcc
+from elementwise_ops import SHAPES, assert_same_bits
 from helpers import DTYPES, LAYOUTS, drop, random_gradients
 from simulated import simulated_cuda
-from test_graddrop import SEED, SHAPES, assert_same_bits, expected, leaks
+from test_graddrop import SEED, expected, leaks
 
 import mtlkernels as mtl
 from mtlkernels.elementwise import graddrop

@@ -1,13 +1,11 @@
 """GradDrop against TorchJD with the same random numbers, against the definition in NumPy, and bit for bit across backends."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from elementwise_ops import EDGES, SHAPES, assert_same_bits, assert_same_bits_on
 from helpers import (
     CHUNK,
     DTYPES,
@@ -26,12 +24,9 @@ from torchjd import aggregation
 
 import mtlkernels as mtl
 from mtlkernels._library import REFERENCES
-from mtlkernels.dispatch import CAPABILITIES, cpu_capability
 from mtlkernels.elementwise import graddrop
 from mtlkernels.random import element_words, philox, to_uniform
 
-SHAPES = [(), (1,), (7,), (33, 5), (3, 2, 3, 3), (2500,)]
-EDGES = [0, 1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, CHUNK - 1, CHUNK, CHUNK + 1]
 SEED = torch.tensor([-1234567890123456789])
 
 
@@ -50,13 +45,6 @@ def expected(rows: list, leak: Tensor, seed: Tensor = SEED, active: Tensor | Non
     for n, value in zip(kept, values, strict=True):
         result[n] = value
     return result
-
-
-def assert_same_bits(actual: list, wanted: list) -> None:
-    assert len(actual) == len(wanted)
-    for a, b in zip(actual, wanted, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a.dtype == b.dtype and a.shape == b.shape and a.equal(b))
 
 
 # --- the definition -----------------------------------------------------------------------------------------------------
@@ -202,22 +190,8 @@ def test_words_are_philox_of_the_element(seed):
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(cpu_library, capability, tmp_path):
-    if CAPABILITIES.index(capability) > CAPABILITIES.index(cpu_capability()):
-        pytest.skip(f"this processor has no {capability}")
-    rows = {dtype: random_gradients(9, [(2500,), (33, 5)], dtype) for dtype in DTYPES}
-    torch.save(rows, tmp_path / "rows.pt")
-    code = (
-        "import sys, torch; from mtlkernels.elementwise import graddrop\n"
-        "rows = torch.load(sys.argv[1]); leak = torch.linspace(0, 1, 9).double()\n"
-        f"torch.save([graddrop(r, leak, torch.tensor([{SEED.item()}])) for r in rows.values()], sys.argv[2])"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "rows.pt", tmp_path / "out.pt"],
-        env={**os.environ, "MTLKERNELS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    for own, wanted in zip(rows.values(), torch.load(tmp_path / "out.pt"), strict=True):
-        assert_same_bits(graddrop(own, torch.linspace(0, 1, 9).double(), SEED), wanted)
+    call = f"graddrop(rows, torch.linspace(0, 1, 9).double(), torch.tensor([{SEED.item()}]))"
+    assert_same_bits_on(capability, call, tmp_path)
 
 
 def test_threads_change_no_bit(cpu_library):

@@ -18,6 +18,7 @@ import test_cuda_gradient_dropout
 import test_cuda_gram
 import test_cuda_mix
 import test_cuda_priority
+import test_cuda_trimmed_mean
 from device import CSRC, FLOAT16, FLOAT32, address, requires_nvcc
 from ptxsim import SimError
 from ptxsim.roofline import CHIPS
@@ -136,6 +137,30 @@ def test_faults_of_the_priority_kernel(plant, fault):
     plant("cuda/priority.cuh", (old, new))
     with pytest.raises((SimError, AssertionError)):
         test_cuda_priority.run_kernel(**options)
+
+
+TRIM_FAULTS = {
+    "NaN that is lost": ("max.NaN.f32", "max.f32"),
+    "NaN that is kept": ("return fminf(a, b);", "return a < b ? a : b;"),
+    "a row that has pushed nothing out": ("r < kept ? Order<T>::smallest() : row[c]", "row[c]"),
+    "a row too many": ("r >= 2 * kept", "r >= 2 * kept - 1"),
+    "ends that are full from the start": ("low[i][c] = i < kept ?", "low[i][c] = true ?"),
+    "the divisor of all tasks": ("count - 2 * kept : 1", "count : 1"),
+    "tasks that are not active": ("(!active || active[k])", "true"),
+    "absent rows that are read": ("@present ld.global", "ld.global"),
+    "rows before they are gathered": ("__syncthreads();\n  const int most", "const int most"),
+    "a short tail": ("e < end; e += kTrimThreads", "e < end - 1; e += kTrimThreads"),
+    "a tail that runs out of bounds": ("e < end; e += kTrimThreads", "e <= end; e += kTrimThreads"),
+    "cells of another thread": ("upper ? low : high, step", "upper ? high : low, step"),
+    "results in one cell": ("[threadIdx.x % Shape::split] =", "[0] ="),
+}
+
+
+@pytest.mark.parametrize("fault", TRIM_FAULTS)
+def test_faults_of_the_trimmed_mean(plant, fault):
+    plant("cuda/trimmed_mean.cuh", TRIM_FAULTS[fault])
+    with pytest.raises((SimError, AssertionError)):
+        test_cuda_trimmed_mean.test_kernels_alone((64, 32), 21, 9)
 
 
 @pytest.mark.parametrize(

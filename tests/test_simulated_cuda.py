@@ -218,6 +218,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "graddrop_",
         "gradient_dropout",  # test_gradient_dropout.py and test_cuda_gradient_dropout.py
         "gradient_dropout_",
+        "trimmed_mean",  # test_cuda_trimmed_mean.py
+        "trimmed_mean_",
         *(name.split(",")[0] for name in OF_GRAMS),
     }
 
@@ -250,6 +252,8 @@ def test_every_kernel_is_launched_by_an_op():
                 mtl.aggregate(grads, "graddrop")
             for mode in ("gaussian", "bernoulli"):
                 mtl.gradient_dropout(grads[0], 0.1, mode)
+                for trim in {min(trim, (num_tasks - 1) // 2) for trim in (1, 3, 8, 31)}:
+                    mtl.TrimmedMean(trim)(grads)
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
@@ -373,6 +377,8 @@ FAILING = {
     "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "memory_combine_": lambda grads: move(grads),
     "gradient_dropout": lambda grads: mtl.gradient_dropout(grads[0]),
+    "graddrop": lambda grads: mtl.aggregate(grads, "graddrop"),
+    "trimmed_mean": lambda grads: mtl.aggregate(grads, "trimmed_mean"),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }

@@ -13,6 +13,7 @@ import test_gram
 import test_kxk
 import test_mix_project
 import test_priority
+import test_trimmed_mean
 from device import requires_nvcc
 from simulated import simulated_cuda
 
@@ -36,6 +37,7 @@ for module in (
     test_kxk,
     test_mix_project,
     test_priority,
+    test_trimmed_mean,
 ):
     for name, test in inspect.getmembers(module, inspect.isfunction):
         if name.startswith("test_") and "backend" in inspect.signature(test).parameters:

@@ -1,13 +1,11 @@
 """The trimmed mean against TorchJD, against the definition in NumPy, and with the extremes that it is there for."""
 
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from elementwise_ops import EDGES, SHAPES, assert_same_bits, assert_same_bits_on
 from helpers import (
     CHUNK,
     DTYPES,
@@ -25,11 +23,7 @@ from torch import Tensor
 from torchjd import aggregation
 
 import mtlkernels as mtl
-from mtlkernels.dispatch import CAPABILITIES, cpu_capability
 from mtlkernels.elementwise import trimmed_mean
-
-SHAPES = [(), (1,), (7,), (33, 5), (3, 2, 3, 3), (2500,)]
-EDGES = [0, 1, 3, 4, 5, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, CHUNK - 1, CHUNK, CHUNK + 1]
 
 
 def trims(num_tasks: int) -> list[int]:
@@ -59,10 +53,6 @@ def assert_agrees(actual: list, rows: list, trim: int, active: Tensor | None = N
         bound += 2.0**-25 * (model.dtype == torch.float16)  # half of the least subnormal number
         error = np.abs(actual[n].double().numpy() - wanted.reshape(model.shape))
         assert (error <= bound.reshape(model.shape)).all()
-
-
-def assert_same_bits(actual: list, wanted: list) -> None:
-    assert all(a.dtype == b.dtype and a.shape == b.shape and a.equal(b) for a, b in zip(actual, wanted, strict=True))
 
 
 @pytest.mark.parametrize("num_tasks", NUM_TASKS)
@@ -165,21 +155,7 @@ def test_absent_gradients_count_as_zeros(backend):
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2"])
 def test_every_instruction_set_gives_the_same_bits(cpu_library, capability, tmp_path):
-    if CAPABILITIES.index(capability) > CAPABILITIES.index(cpu_capability()):
-        pytest.skip(f"this processor has no {capability}")
-    rows = {dtype: random_gradients(9, [(2500,), (33, 5)], dtype) for dtype in DTYPES}
-    torch.save(rows, tmp_path / "rows.pt")
-    code = (
-        "import sys, torch; from mtlkernels.elementwise import trimmed_mean\n"
-        "torch.save([trimmed_mean(r, 2) for r in torch.load(sys.argv[1]).values()], sys.argv[2])"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "rows.pt", tmp_path / "out.pt"],
-        env={**os.environ, "MTLKERNELS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
-        check=True,
-    )
-    for own, wanted in zip(rows.values(), torch.load(tmp_path / "out.pt"), strict=True):
-        assert_same_bits(trimmed_mean(own, 2), wanted)
+    assert_same_bits_on(capability, "trimmed_mean(rows, 2)", tmp_path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

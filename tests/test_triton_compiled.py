@@ -15,7 +15,18 @@ from triton_device import signature
 from mtlkernels import _library
 from mtlkernels.gradient_dropout import MODES
 from mtlkernels.memory import memory_dtype
-from mtlkernels.triton import combine, graddrop, gradient_dropout, gram, launch, memory, perturb, priority, targets
+from mtlkernels.triton import (
+    combine,
+    graddrop,
+    gradient_dropout,
+    gram,
+    launch,
+    memory,
+    perturb,
+    priority,
+    targets,
+    trimmed_mean,
+)
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -43,9 +54,16 @@ def max_registers(target: targets.Target) -> int:
         return 160
     if target.kernel is graddrop.graddrop_chunks:  # 16 bytes of 16 bits are eight elements, each with four sums and a word
         return 160 if target.dtype.itemsize >= 4 else 240
+    if target.kernel is trimmed_mean.trimmed_mean_chunks:  # what is kept of 16 bytes on both sides, which exchanges bound
+        return 160 if target.variant == "trim 1" else 255
     if target.num_rows <= 4:
         return 128
     return 255 if (target.num_rows, target.dtype) == (64, torch.float32) else 216
+
+
+def loads_vectors(target: targets.Target) -> bool:
+    """Whether it reads gradients 16 bytes at a time: not where what is kept leaves registers for one element a thread."""
+    return target.kernel not in STAGES_BETWEEN and target.variant != "trim 32"
 
 
 @pytest.mark.parametrize(("target", "gpu"), cases())
@@ -60,7 +78,7 @@ def test_compiled_code(target, gpu):
     assert compiled.metadata.shared <= 99 * 1024  # sm_86, 89 and 120 have the least
     text = compiled.asm["ptx"]
     assert ".local" not in text
-    if target.kernel not in STAGES_BETWEEN:
+    if loads_vectors(target):
         assert re.search(r"ld\.global\.v(4\.b32|2\.b64)|cp\.async\.cg\.shared\.global .*0x10", text)
     if target.kernel is combine.combine_chunks:
         # A thread writes its share of a tile, which is less than 16 bytes where rows are many.
@@ -75,7 +93,7 @@ def check_amd(target: targets.Target, compiled) -> None:
     assert used["private_segment_fixed_size"] == 0
     assert used["vgpr_count"] <= 512 - 128 * (target.num_rows <= 4)
     assert compiled.metadata.shared <= 64 * 1024
-    if target.kernel not in STAGES_BETWEEN:
+    if loads_vectors(target):
         assert re.search(r"(global|buffer)_load_dwordx4", text)
 
 
@@ -108,6 +126,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
             torch.tensor(0.1, dtype=torch.float64), mode, torch.zeros(1, dtype=torch.int64), [0, 1]
         )
         launches += gradient_dropout.plan([c[:1] for c in columns], [torch.empty_like(c[0]) for c in columns], dropout)
+    for trim in {min(trim, (num_tasks - 1) // 2) for trim in trimmed_mean.CLASSES}:
+        launches += trimmed_mean.plan(columns, [torch.empty_like(c[0]) for c in columns], num_tasks, trim, None)
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     for own in launches:
@@ -137,3 +157,5 @@ def test_too_many_tasks():
         combine.meta(257, torch.float32, True)
     with pytest.raises(ValueError, match=r"grads has 65 rows; priority_combine takes at most 64 tasks in Triton"):
         priority.meta(65, torch.float32)
+    with pytest.raises(ValueError, match=r"trim is 33; trimmed_mean leaves out at most 32 gradients on each side in Triton"):
+        trimmed_mean.meta(33, torch.float32)

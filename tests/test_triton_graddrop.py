@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from elementwise_ops import assert_same_bits
 from helpers import DTYPES, drop, random_gradients
-from test_graddrop import SEED, assert_same_bits, expected, leaks
+from test_graddrop import SEED, expected, leaks
 from torch import Tensor
 from triton_device import conflicts, misaligned, run
 

@@ -21,7 +21,7 @@ from test_memory_ops import check, factors_of
 
 import mtlkernels as mtl
 from mtlkernels import dispatch
-from mtlkernels.elementwise import graddrop
+from mtlkernels.elementwise import graddrop, trimmed_mean
 
 SHAPES = [(300,), (3, 5), (), (2, 0)]
 
@@ -166,6 +166,23 @@ def test_gradient_dropout(dtype, mode):
     grads[1] = grads[1].detach()
     mtl.gradient_dropout(grads, 0.3, mode, seed, out=grads)
     torch.testing.assert_close(grads, [t.detach() for t in expected], rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_tasks", "trim"), [(1, 0), (3, 1), (9, 3)])
+def test_trimmed_mean(dtype, num_tasks, trim):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    grads[0][0] = LAYOUTS["misaligned"](grads[0][0].view(1, -1)).view(-1)
+    grads[0][0][:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    tolerance = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}.get(dtype, 1e-6)  # bfloat16 is truncated where it is rounded
+    for active in (None, torch.arange(num_tasks) != 1):
+        with mtl.use_backend("reference"):
+            expected = trimmed_mean(grads, trim, active)
+        actual = trimmed_mean(grads, trim, active)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+    trimmed_mean(grads, trim, active, out=grads[-1])
+    torch.testing.assert_close(grads[-1], expected, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def test_in_place_and_overlapping_buffers():

@@ -24,6 +24,10 @@ void check_random(const Tensor& seed, const std::vector<int64_t>& places, const 
   require(columns.size() == 0 || columns.same_device(seed), "seed is not on the gradients' device");
 }
 
+void check_trim(int64_t trim, int64_t num_tasks) {
+  require(trim >= 0 && num_tasks > 0 && trim <= (num_tasks - 1) / 2, "trim leaves no task");
+}
+
 Draw checked(const Draw& draw, const Columns& columns) {
   require(draw.leak.scalar_type() == ScalarType::Double && draw.leak.dim() == 1, "leak is not float64 [K]");
   require(columns.size() == 0 || columns.same_device(draw.leak), "leak is not on the gradients' device");

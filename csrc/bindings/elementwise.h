@@ -31,6 +31,9 @@ void into_buffers(const std::vector<Tensor>& out, const TensorList& grads, int64
 /// bool [num_tasks] on the columns' device, or absent; made contiguous.
 std::optional<Tensor> checked_active(const std::optional<Tensor>& active, const Columns& columns, int64_t num_tasks);
 
+/// Throws unless a trimmed mean of so many tasks has some left.
+void check_trim(int64_t trim, int64_t num_tasks);
+
 /// What GradDrop draws by: leak float64 [K], which tasks are active, one int64 seed, and the index of each tensor.
 struct Draw {
   Tensor leak;

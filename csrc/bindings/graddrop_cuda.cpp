@@ -5,8 +5,6 @@
 namespace mtlkernels {
 namespace {
 
-constexpr int64_t kMaxTasks = 1024;  // several tensors of that many pointers still fit in one table
-
 void run(const TensorList& grads, const Draw& given, std::vector<Tensor>& out) {
   const int64_t num_tasks = given.num_tasks();
   require(num_tasks <= kMaxTasks, "on CUDA, graddrop takes at most 1024 tasks");
@@ -17,11 +15,10 @@ void run(const TensorList& grads, const Draw& given, std::vector<Tensor>& out) {
   const auto* leak = static_cast<const double*>(draw.leak.const_data_ptr());
   const auto* active = draw.active ? static_cast<const bool*>(draw.active->const_data_ptr()) : nullptr;
   const auto* seed = static_cast<const int64_t*>(draw.seed.const_data_ptr());
-  launch_flat(
-      columns, grads, num_tasks, true, out, [&](int64_t n) { return draw.places[n]; },
-      [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
-        return cuda::graddrop(dtype, tensors, int(num_tasks), leak, active, seed, stream);
-      });
+  launch_flat(columns, grads, num_tasks, true, out, draw.places,
+              [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
+                return cuda::graddrop(dtype, tensors, int(num_tasks), leak, active, seed, stream);
+              });
 }
 
 std::vector<Tensor> graddrop_cuda(TensorList grads, Tensor leak, std::optional<Tensor> active, Tensor seed,

@@ -7,7 +7,7 @@ namespace {
 
 void run(const TensorList& grads, int64_t num_tasks, int64_t trim, const std::optional<Tensor>& given,
          std::vector<Tensor>& out) {
-  require(trim >= 0 && trim <= (num_tasks - 1) / 2 && num_tasks > 0, "trim leaves no task");
+  check_trim(trim, num_tasks);
   const Columns columns(grads, num_tasks, false, &out, 1);
   const std::optional<Tensor> active = checked_active(given, columns, num_tasks);
   const std::vector<cpu::Output> outputs = outputs_of(columns);

@@ -9,6 +9,7 @@
 #include "../common/mix_plan.h"
 #include "../common/paired_plan.h"
 #include "../common/priority.h"
+#include "../common/trim_plan.h"
 
 namespace mtlkernels::cuda {
 
@@ -56,6 +57,12 @@ const char* graddrop(DType dtype, const std::vector<PlannedTensor>& tensors, int
 /// index in the list as an integer. One rate `p` and one seed on the device. Otherwise as combine.
 const char* gradient_dropout(DType dtype, const std::vector<PlannedTensor>& tensors, bool gaussian, const double* p,
                              const int64_t* seed, Stream stream);
+
+/// trimmed_mean for every tensor; the tensors share a dtype. A tensor's pointers are its `num_rows` gradients (1024 at most;
+/// null where absent, which counts as zeros) and its result. `trim` is kMostTrimmed at most; `active` [num_rows] or null for
+/// all, on the device. Otherwise as combine.
+const char* trimmed_mean(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, int trim, const bool* active,
+                         Stream stream);
 
 /// memory <- keep memory + scale g and out = sum_k weight_k memory_k for every tensor, with `squares` of g^2 and of g; the
 /// tensors share a dtype. A tensor's pointers are its `num_tasks` gradients (kMemoryTasks at most; null where absent), as many

@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority
+from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
 
 OPS = {
     "gram": gram.gram,
@@ -27,5 +27,7 @@ OPS = {
     "graddrop_": graddrop.graddrop_,
     "gradient_dropout": gradient_dropout.gradient_dropout,
     "gradient_dropout_": gradient_dropout.gradient_dropout_,
+    "trimmed_mean": trimmed_mean.trimmed_mean,
+    "trimmed_mean_": trimmed_mean.trimmed_mean_,
 }
 """Op name -> implementation with the op's own signature."""

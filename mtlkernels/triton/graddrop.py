@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementwise import active_bytes, chunk_length, is_active, row_address
 from .launch import NVIDIA, TYPES, Chip, Launch, Work, addresses, by_kernel, chip_of, table_of, upload
 from .placing import place_results
 from .random import element_words, to_uniform
@@ -29,12 +30,6 @@ def meta(num_rows: int, dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[s
     rows_class = next((k for k in CLASSES if num_rows <= k), CLASSES[-1])
     size = 16 * THREADS // dtype.itemsize * (2 if rows_class == 2 and dtype.itemsize == 4 else 1)
     return {"T": TYPES[dtype], "G": min(rows_class, 8), "E": size}, chip.options(THREADS)
-
-
-def chunk_length(num_rows: int, constants: dict[str, Any], dtype: torch.dtype) -> int:
-    """Elements of a chunk: about 128 KiB of all rows together, in whole tiles."""
-    tile: int = constants["E"]
-    return max(1, 2**17 // (max(num_rows, 1) * tile * dtype.itemsize)) * tile
 
 
 @triton.jit
@@ -66,7 +61,7 @@ def _drop(
     for first in range(0, num_rows, G):
         for k in tl.static_range(G):
             task = first + k
-            row = _row(pointers, active, all_active, task, num_rows, begin, T)
+            row = row_address(pointers, is_active(active, all_active, task, num_rows), task, begin, T)
             value = load_row(row, offsets, mask, T, ALIGNED).to(S)
             share = tl.load(leak + task, mask=task < num_rows, other=0.0).to(S)
             rise = tl.where(value <= 0, 0.0, value)
@@ -85,15 +80,6 @@ def _drop(
         tl.store(out + offsets, kept.to(T), mask=mask)
 
 
-@triton.jit
-def _row(pointers, active, all_active, task, num_rows, begin, T: tl.constexpr):
-    """Address of a row's first element; 0 where it counts as zero."""
-    inside = task < num_rows
-    row = tl.load(pointers + task, mask=inside, other=0)
-    counts = tl.load(active + task, mask=inside & (all_active == 0), other=1)
-    return at_element(tl.where(counts != 0, row, 0), begin, T)
-
-
 @triton.jit(do_not_specialize=["table", "leak", "active", "seeds", "num_tensors", "num_rows", "all_active"])
 def graddrop_chunks(
     table, leak, active, seeds, num_tensors, num_rows, all_active, T: tl.constexpr, G: tl.constexpr, E: tl.constexpr
@@ -109,7 +95,8 @@ def graddrop_chunks(
     seed = tl.load(seeds)
     misaligned = result % VECTOR_BYTES
     for k in range(num_rows):
-        misaligned |= _row(pointers, active, all_active, k, num_rows, begin, T) % VECTOR_BYTES
+        counts = is_active(active, all_active, k, num_rows)
+        misaligned |= row_address(pointers, counts, k, begin, T) % VECTOR_BYTES
     vectors = vector_count(count, misaligned, E)
     for start in range(0, vectors, E):
         _drop(pointers, result, leak, active, all_active, num_rows, seed, place, begin, start, count, T, S, G, E, True)
@@ -138,7 +125,7 @@ def plan(columns: Sequence[Sequence[Tensor | None]], results: Sequence[Tensor], 
     built = [table_of(group) for group in groups.values()]
     tables = upload([values for values, _ in built], device)
     leak, seed = drop.leak.contiguous(), drop.seed.contiguous()
-    active = seed.view(torch.uint8) if drop.active is None else drop.active.contiguous().view(torch.uint8)
+    active = active_bytes(drop.active, seed)
     return [
         Launch(
             graddrop_chunks,

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..gradient_dropout import MODES
-from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority
+from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -52,6 +52,8 @@ class Target(NamedTuple):
             return graddrop.meta(self.num_rows, self.dtype, chip)
         if self.kernel is gradient_dropout.gradient_dropout_chunks:
             return gradient_dropout.meta(self.dtype, self.variant == "gaussian", chip)
+        if self.kernel is trimmed_mean.trimmed_mean_chunks:
+            return trimmed_mean.meta(int(self.variant.removeprefix("trim ")), self.dtype, chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
@@ -75,6 +77,8 @@ def targets() -> Iterator[Target]:
             yield Target(graddrop.graddrop_chunks, num_rows, dtype, "graddrop")
         for mode in MODES:
             yield Target(gradient_dropout.gradient_dropout_chunks, 1, dtype, mode)
+        for trim in trimmed_mean.CLASSES:
+            yield Target(trimmed_mean.trimmed_mean_chunks, 2 * trim + 1, dtype, f"trim {trim}")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
         yield Target(memory.memory_chunks, 4, dtype, "memory")
     for num_rows in priority.CLASSES:
@@ -105,6 +109,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is gradient_dropout.gradient_dropout_chunks:
         pointers = {"table": "*i64", "rate": "*fp64", "seeds": "*i64"}
         numbers = ["num_tensors"]
+    elif target.kernel is trimmed_mean.trimmed_mean_chunks:
+        pointers = {"table": "*i64", "active": "*u8"}
+        numbers = ["num_tensors", "num_rows", "all_active", "trim"]
     elif target.kernel is memory.memory_chunks:
         pointers = {"table": "*i64", "factors": "*fp64"}
         numbers = ["num_tensors", "num_tasks", "squares"]

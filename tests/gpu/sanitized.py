@@ -37,6 +37,9 @@ for dtype, num_tasks in itertools.product(
     mtl.aggregate(grads, mtl.ExcessMTL())
     for mode in ("gaussian", "bernoulli"):
         mtl.gradient_dropout(grads[0], 0.1, mode)
+    mtl.aggregate(grads, "graddrop")
+    for trim in {min(trim, (num_tasks - 1) // 2) for trim in (1, 3, 8, 16)}:
+        mtl.TrimmedMean(trim)(grads)
     tiny = [[None if t is None else t * 1e-3 for t in row] for row in grads]
     mtl.gram([[None if t is None else (t * 1e-20 if dtype.itemsize > 2 else t) for t in row] for row in tiny])
 for size in (1, 2, 8, 16, 40, 64):

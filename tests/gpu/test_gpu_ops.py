@@ -20,10 +20,11 @@ from test_cross_optimizer import OPTIONS as CROSS_OPTIONS
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from test_graddrop import SEED, leaks
 from test_memory_ops import assert_moved, expected_update, factors_of, memories
+from test_trimmed_mean import trims
 from torch import Tensor
 
 import mtlkernels as mtl
-from mtlkernels.elementwise import graddrop
+from mtlkernels.elementwise import graddrop, trimmed_mean
 from mtlkernels.memory import memory_combine_
 from mtlkernels.weightings import CROSS, MEMORY
 
@@ -124,6 +125,17 @@ def test_gradient_dropout_gives_the_bits_of_the_cpu(kernels, device, dtype, mode
         assert all(a.detach().cpu().equal(e) for a, e in zip(results, expected, strict=True))
     invalid = torch.tensor(1.5, dtype=torch.float64, device=device)
     assert all(t.isnan().all() for t in mtl.gradient_dropout([g.detach() for g in leaves], invalid, mode, SEED.to(device)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_trimmed_mean_gives_the_bits_of_the_cpu(kernels, device, num_tasks, dtype):
+    rows = random_gradients(num_tasks, [*SHAPES, (2**20 + 3,)], dtype)
+    for trim in trims(num_tasks):
+        for active in (None, torch.arange(num_tasks) % 3 != 1):
+            expected = trimmed_mean(rows, trim, active)
+            actual = trimmed_mean(onto(device, rows), trim, None if active is None else active.to(device))
+            assert all(a.cpu().equal(e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("form", ["difference", "product"])
