@@ -14,7 +14,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # Small tensors everywhere: one thread a process is fastest, and makes timings comparable.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test test-all test-gpu bench-gpu gpu bench kernels lint format wheel clean FORCE
+.PHONY: demo test test-all test-gpu bench-gpu gpu bench bench-each kernels lint format wheel clean FORCE
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -26,7 +26,12 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(ONE_THREAD) $(RUN) -m pytest -n auto --maxprocesses 8 --slow $(ARGS)
 
+# docs/benchmarks.md and its pictures, build/bench.json: the ops against plain PyTorch and other libraries.
 bench: $(VENV)/installed
+	$(ONE_THREAD) $(RUN) -m mtlkernels bench $(ARGS)
+
+# Other ops and every weighting, one by one: make bench-each ARGS="-k weights".
+bench-each: $(VENV)/installed
 	$(ONE_THREAD) $(RUN) -m pytest benchmarks --benchmark-only $(ARGS)
 
 # docs/kernels.md: what the CUDA kernels compile to, move and are bound by. Needs nvcc, no GPU.

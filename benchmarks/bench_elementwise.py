@@ -1,6 +1,6 @@
 """GradDrop, the trimmed mean and gradient dropout on ResNet-50's gradients against one read of them, TorchJD and PyTorch.
 
-make bench ARGS="-k 'read or elementwise' --tasks 3 --dtypes float32"
+make bench-each ARGS="-k 'read or elementwise' --tasks 3 --dtypes float32"
 
 Counted: GradDrop reads each gradient once and writes each result once, 1 + 1/K times the gradients' bytes, and draws a random
 word for each element. The trimmed mean moves the same bytes. Gradient dropout takes a single list of gradients: it reads and

@@ -1,6 +1,6 @@
 """Perturbed parameters and Grams of flat parts on ResNet-50's shapes, in units of one read of the same tensors in the same run.
 
-make bench ARGS="-k flat --tasks 2,8"
+make bench-each ARGS="-k flat --tasks 2,8"
 
 perturb_ moves a read of the gradients (adaptive: of both) for the norm, a read of both and a write; restore_ moves nothing. In
 units of one read of parameters and gradients these are at least 2 (2.5); in place with a saved copy it would be 3.5 (4).

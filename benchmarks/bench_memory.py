@@ -1,6 +1,6 @@
 """Methods with a memory of gradients on ResNet-50's shapes, against the gradients' Gram and combination and reads of memories.
 
-make bench ARGS="-k memory --tasks 2,8"
+make bench-each ARGS="-k memory --tasks 2,8"
 
 The bound is one Gram and one combination of the gradients, two reads of the memories and one write of them. A write is measured
 as one of memory that is read as well, by torch's in-place multiplication less a read.

@@ -1,6 +1,6 @@
 """priority_combine on ResNet-50's gradients against plain PyTorch, eager and compiled.
 
-make bench ARGS="-s -k priority_against --tasks 3 --dtypes float32"
+make bench-each ARGS="-s -k priority_against --tasks 3 --dtypes float32"
 
 Counted, for a model whose gradients do not fit the caches as a whole but layer by layer: priority_combine reads each gradient
 from memory once and writes each result once, 1 + 1/K times the gradients' bytes.

@@ -1,6 +1,6 @@
 """Every weighting on Gram matrices: one of 11 tasks, and 10,000 of 8 in one call.
 
-make bench ARGS="-k weights"
+make bench-each ARGS="-k weights"
 """
 
 import pytest

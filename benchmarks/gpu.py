@@ -134,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        sys.exit("there is no GPU; benchmarks/bench_ops.py (make bench) measures the CPU.")
+        sys.exit("there is no GPU; `make bench` measures the CPU.")
     timer = Timer(device, options.repetitions)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, not a measurement"
     copy = copy_bandwidth(timer, 1 << 30 if device.type == "cuda" else 1 << 20)

@@ -67,13 +67,11 @@ def aggregate(
         if len(rows) != 2 * num_tasks:
             raise ValueError(f"other lists {len(rows) - num_tasks} tasks, grads list {num_tasks}; pass as many of both.")
         check_lengths(rows, names=names)
-    models = [like(column) for column in zip(*rows, strict=True)]
-    if isinstance(per, Mapping):
-        problems = Problems(groups_of(per, len(models)), models)
-    elif per in KINDS:
-        problems = Problems(per, models)
-    else:
+    if not isinstance(per, Mapping) and per not in KINDS:
         raise ValueError(f'per is {per!r}; pass "model", "tensor", "channel" or {{name: tensor indices}}.')
+    # Only independent problems ask what the gradients are of; small models notice that.
+    models = [] if per == "model" else [like(column) for column in zip(*rows, strict=True)]
+    problems = Problems(groups_of(per, len(models)) if isinstance(per, Mapping) else per, models)
     gram = problems.gram(rows)
     weights = of_both(weighting(cross_of(gram), losses=losses)) if crosses else weighting(gram, losses=losses)
     return problems.combine(rows, weights, out)

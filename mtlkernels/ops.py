@@ -318,7 +318,7 @@ def combine_rows(
 ) -> list[Tensor | None]:
     """:func:`combine` on K lists of N tensors; ``per_channel``: weights [sum of the tensors' channels, K]."""
     num_tensors = len(rows[0]) if rows else 0
-    keep = [n for n in range(num_tensors) if any(row[n] is not None for row in rows)]
+    keep = _reached(rows)
     flat = [row[n] for row in rows for n in keep]
 
     def check() -> None:
@@ -396,7 +396,7 @@ def mix(grads: Gradients, coefficients: Tensor) -> list[list[Tensor | None]]:
     if coefficients.dtype in (torch.bfloat16, torch.float16):
         coefficients = coefficients.float()
     num_tensors = len(rows[0]) if rows else 0
-    keep = [n for n in range(num_tensors) if any(row[n] is not None for row in rows)]
+    keep = _reached(rows)
     flat = [row[n] for row in rows for n in keep]
 
     def check() -> None:
@@ -524,6 +524,12 @@ def _rows(grads: Gradients, argument: str) -> list[Sequence[Tensor | None]]:
     return rows
 
 
+def _reached(rows: Sequence[Sequence[Tensor | None]]) -> list[int]:
+    """The tensors that some task has a gradient of."""
+    first = rows[0] if rows else []
+    return [n for n, t in enumerate(first) if t is not None or any(row[n] is not None for row in rows)]
+
+
 def _check_device(flat: Flat, tensor: Tensor, argument: str) -> None:
     device = reference.device_of([flat])
     if any(t is not None for t in flat) and tensor.device != device:
@@ -542,18 +548,28 @@ def _call(
     """
     if torch.compiler.is_compiling():
         return op(*args)
-    tensors = [t for arg in args if isinstance(arg, (list, Tensor)) for t in ([arg] if isinstance(arg, Tensor) else arg)]
     try:
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if needs_grad:
+        if torch.is_grad_enabled() and _requires_grad(args):
             if autograd is not None:
                 return autograd(*args)
-            refuse_grad(tensors, name)
+            refuse_grad([t for arg in args for t in (arg if isinstance(arg, list) else [arg]) if isinstance(t, Tensor)], name)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     except (RuntimeError, AttributeError, TypeError, ValueError):
         check()
         raise
+
+
+def _requires_grad(args: Sequence[Any]) -> bool:
+    """Whether a tensor, alone or in a list, requires grad. A plain loop: it costs a small model microseconds."""
+    for arg in args:
+        if isinstance(arg, list):
+            for t in arg:
+                if t is not None and t.requires_grad:
+                    return True
+        elif isinstance(arg, Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def _call_gram(op: Callable[..., Any], name: str, matrix: Tensor) -> Any:

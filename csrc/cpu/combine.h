@@ -11,8 +11,8 @@
 namespace mtlkernels::cpu {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector and cache line
-constexpr int kRows = 8;          // rows per sweep: their pointers and the output's stay in registers
+constexpr int64_t kBlock = 512;  // elements; a multiple of every vector and cache line
+constexpr int kRows = 8;         // rows per sweep: their pointers and the output's stay in registers
 
 /// What a sum is rounded to on its way to a T.
 template <typename T>
@@ -42,7 +42,10 @@ void sweep(const T* const* rows, const A* weights, int64_t count, A* sums, T* ou
   for (; e + lanes <= count; e += lanes) {
     Vector<A> sum = First ? Vector<A>{} : load<Vector<A>>(sums + e);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum += weight[r] * load_as<A>(row[r] + e);
+    for (int r = 0; r < R; ++r) {
+      sum += weight[r] * load_as<A>(row[r] + e);
+      if (e * int64_t(sizeof(T)) % 64 == 0) __builtin_prefetch(row[r] + e + kBlock);  // of the next block
+    }
     if constexpr (!Last) {
       store(sums + e, sum);
     } else if constexpr (Stream) {

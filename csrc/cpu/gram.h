@@ -19,8 +19,12 @@ constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
 constexpr int64_t kTerms = 8;
 constexpr int64_t kLongestSum = 4 * kTerms * kLanes<float>;  // elements of a block at most
 
-/// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b.
-template <typename T, int R, int C, bool Triangle>
+// Rows past which the processor's own prefetching loses count of them, and costs less than asking for what follows.
+constexpr int kFollowedRows = 8;
+
+/// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b. `Ahead` asks for as many
+/// elements that follow.
+template <typename T, int R, int C, bool Triangle, bool Ahead = false>
 void tile(const T* const* a, const T* const* b, int64_t count, double* out, int64_t out_stride) {
   constexpr int unroll = R * C <= 4 ? 4 : 1;  // enough independent sums to hide the latency of an addition
   constexpr int step = kLanes<T> * unroll;
@@ -31,7 +35,10 @@ void tile(const T* const* a, const T* const* b, int64_t count, double* out, int6
     for (int u = 0; u < unroll; ++u) {
       Vector<T> left[R], right[C];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) left[r] = load<Vector<T>>(a[r] + e + u * kLanes<T>);
+      for (int r = 0; r < R; ++r) {
+        left[r] = load<Vector<T>>(a[r] + e + u * kLanes<T>);
+        if (Ahead) __builtin_prefetch(a[r] + e + u * kLanes<T> + count);
+      }
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) right[c] = Triangle ? left[c < R ? c : 0] : load<Vector<T>>(b[c] + e + u * kLanes<T>);
 #pragma GCC unroll 4
@@ -68,8 +75,9 @@ Tile<T> rectangle(int columns) {
 }
 
 template <typename T>
-Tile<T> pick_tile(int rows, int columns, bool triangle) {
+Tile<T> pick_tile(int rows, int columns, bool triangle, bool ahead) {
   if (triangle) {
+    if (ahead && rows == kTile) return tile<T, kTile, kTile, true, true>;
     if (rows == 4) return tile<T, 4, 4, true>;
     return rows == 3 ? tile<T, 3, 3, true> : rows == 2 ? tile<T, 2, 2, true> : tile<T, 1, 1, true>;
   }
@@ -89,7 +97,8 @@ void block_products(const T* const* left, int num_left, const T* const* right, i
     const int rows = num_left - i < height ? num_left - i : height;
     for (int j = symmetric ? i : 0; j < num_right; j += height) {
       const int columns = num_right - j < height ? num_right - j : height;
-      pick_tile<T>(rows, columns, symmetric && i == j)(left + i, right + j, count, products + i * num_right + j, num_right);
+      const Tile<T> run = pick_tile<T>(rows, columns, symmetric && i == j, num_left > kFollowedRows);
+      run(left + i, right + j, count, products + i * num_right + j, num_right);
     }
   }
 }
