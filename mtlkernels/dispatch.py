@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import elementwise, flat, memory  # noqa: F401  they define ops that are asked for below
+from . import elementwise, finish, flat, memory  # noqa: F401  they define ops that are asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -29,6 +29,8 @@ TRITON_OPS = (
     "mix",
     "perturb_",
     "memory_combine_",
+    "combine_sgd_",
+    "combine_adam_",
     "priority_combine",
     "priority_combine_",
     "graddrop",
