@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/finish.h"
 #include "../common/numeric.h"
 #include "../common/paired_plan.h"
 
@@ -67,6 +68,14 @@ struct Kernels {
   /// out[m] = sum_k weights[m][k] * row k over elements [begin, end), summed in float64 in the order of k. A row whose weight
   /// is exactly 0 is not read. A single output may be one of the rows.
   void (*combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);
+
+  /// One step of SGD or Adam along g = sum_k weights[k] row k over elements [begin, end): g as combine forms it, rounded to
+  /// float32 (float64 of float64), in which the step is computed as mtlkernels/finish.py says. `moved` are the parameter and
+  /// its states: the momentum, unless options.momentum is 0; or both moments, and with options.amsgrad the largest second one.
+  void (*combine_sgd)(const Column& column, const double* weights, const SgdOptions& options, double lr, int64_t begin,
+                      int64_t end, const Output& moved);
+  void (*combine_adam)(const Column& column, const double* weights, const AdamOptions& options, double lr, double step,
+                       int64_t begin, int64_t end, const Output& moved);
 
   /// out = a + radius b, or if `adaptive` a + radius a^2 b, for rows a and b over elements [begin, end), computed in float64.
   /// The output may be one of the rows.
