@@ -73,11 +73,11 @@ bool same_memory(const Tensor& a, const Tensor& b) {
 
 }  // namespace
 
-std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks) {
-  const int64_t num_columns = int64_t(out.size());
+std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks, int64_t num_out) {
+  const int64_t num_buffers = int64_t(out.size()), num_columns = num_buffers / num_out;
   std::vector<std::pair<Extent, int64_t>> buffers;
-  std::vector<bool> dense(num_columns, true);
-  for (int64_t n = 0; n < num_columns; ++n) {
+  std::vector<bool> dense(num_buffers, true);
+  for (int64_t n = 0; n < num_buffers; ++n) {
     if (out[n].numel() == 0) continue;
     const Reach reach = reach_of(out[n]);
     require(!reach.overlaps, "out overlaps itself", -1, n);
@@ -85,7 +85,7 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
     buffers.emplace_back(extent(out[n]), n);
   }
   std::sort(buffers.begin(), buffers.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
-  std::vector<bool> flagged(num_columns, false);
+  std::vector<bool> flagged(num_buffers, false);
   bool mutual = false;
   uintptr_t taken = 0, reached = 0;  // memory up to `taken` is another buffer's for certain; up to `reached`, perhaps
   for (const auto& [memory, n] : buffers) {
@@ -101,11 +101,11 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
       const Extent read = extent(*row);
       auto at = std::partition_point(buffers.begin(), buffers.end(), [&](const auto& b) { return b.first.end <= read.begin; });
       for (; at != buffers.end() && at->first.begin < read.end; ++at)
-        if (at->second != n || !same_memory(out[n], *row)) flagged[at->second] = true;
+        if (at->second % num_columns != n || !same_memory(out[at->second], *row)) flagged[at->second] = true;
     }
   }
   std::vector<int64_t> result;
-  for (int64_t n = 0; n < num_columns; ++n)
+  for (int64_t n = 0; n < num_buffers; ++n)
     if (flagged[n] || mutual) result.push_back(n);
   return result;
 }

@@ -8,9 +8,9 @@ namespace mtlkernels {
 /// num_out * N new tensors, result-major, each like the first gradient of its column.
 std::vector<Tensor> new_results(const TensorList& grads, int64_t num_tasks, int64_t num_out);
 
-/// Columns whose buffer shares memory with another buffer or with a gradient that is not exactly its own: their results must
-/// be kept aside until every gradient has been read.
-std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks);
+/// Buffers, num_out of each column and result-major, that share memory with another buffer or with a gradient that is not
+/// exactly their own: their results must be kept aside until every gradient has been read.
+std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList& grads, int64_t num_tasks, int64_t num_out = 1);
 
 /// What a row of weights is for.
 enum class Per { result, tensor, channel };

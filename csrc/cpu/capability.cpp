@@ -12,6 +12,10 @@ namespace mtlkernels::cpu {
   void gram(const Column& column, int num_left, PairForm form, int64_t begin, int64_t end, int64_t segment, double* sums);     \
   void combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out);                    \
   void gram_combine(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out, double* sums); \
+  void combine_sgd(const Column& column, const double* weights, const SgdOptions& options, double lr, int64_t begin,           \
+                   int64_t end, const Output& moved);                                                                          \
+  void combine_adam(const Column& column, const double* weights, const AdamOptions& options, double lr, double step,           \
+                    int64_t begin, int64_t end, const Output& moved);                                                          \
   void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);             \
   void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,                   \
                       const Output& out);                                                                                      \
@@ -31,10 +35,20 @@ MTL_DECLARE_KERNELS(avx512)
 
 namespace {
 
-#define MTL_KERNELS(isa)                                                            \
-  {#isa,          isa::gram,           isa::combine,         isa::gram_combine,     \
-   isa::perturb,  isa::memory_combine, isa::priority_inner,  isa::priority_combine, \
-   isa::graddrop, isa::trimmed_mean,   isa::gradient_dropout}
+#define MTL_KERNELS(isa)  \
+  {#isa,                  \
+   isa::gram,             \
+   isa::combine,          \
+   isa::gram_combine,     \
+   isa::combine_sgd,      \
+   isa::combine_adam,     \
+   isa::perturb,          \
+   isa::memory_combine,   \
+   isa::priority_inner,   \
+   isa::priority_combine, \
+   isa::graddrop,         \
+   isa::trimmed_mean,     \
+   isa::gradient_dropout}
 
 const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../common/finish.h"
 #include "../common/gradient_dropout.h"
 #include "../common/numeric.h"
 #include "../common/paired_plan.h"
@@ -83,6 +84,14 @@ struct Kernels {
   /// `out` is one result, which may be one of the rows. The same bits as the two.
   void (*gram_combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out,
                        double* sums);
+
+  /// One step of SGD or Adam along g = sum_k weights[k] row k over elements [begin, end): g as combine forms it, rounded to
+  /// float32 (float64 of float64), in which the step is computed as mtlkernels/finish.py says. `moved` are the parameter and
+  /// its states: the momentum, unless options.momentum is 0; or both moments, and with options.amsgrad the largest second one.
+  void (*combine_sgd)(const Column& column, const double* weights, const SgdOptions& options, double lr, int64_t begin,
+                      int64_t end, const Output& moved);
+  void (*combine_adam)(const Column& column, const double* weights, const AdamOptions& options, double lr, double step,
+                       int64_t begin, int64_t end, const Output& moved);
 
   /// out = a + radius b, or if `adaptive` a + radius a^2 b, for rows a and b over elements [begin, end), computed in float64.
   /// The output may be one of the rows.

@@ -59,9 +59,74 @@ inline void store(T* to, V value) {
   __builtin_memcpy(to, &value, sizeof(V));
 }
 
-inline DoubleVector load_as_double(const float* from) {
-  return __builtin_convertvector(load<HalfFloatVector>(from), DoubleVector);
+/// a b + c, rounded once where the instruction set can, as torch's kernels for it do.
+inline double fused(double a, double b, double c) {
+#if defined(__FMA__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
 }
+inline DoubleVector fused(DoubleVector a, DoubleVector b, DoubleVector c) {
+#if defined(__AVX512F__)
+  return (DoubleVector)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (DoubleVector)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+inline HalfFloatVector fused(HalfFloatVector a, HalfFloatVector b, HalfFloatVector c) {
+#if defined(__AVX512F__)
+  return (HalfFloatVector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__FMA__)
+  return (HalfFloatVector)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline FloatVector fused(FloatVector a, FloatVector b, FloatVector c) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (FloatVector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline DoubleVector square_root(DoubleVector value) {
+#if defined(__AVX512F__)
+  return (DoubleVector)_mm512_sqrt_pd((__m512d)value);
+#elif defined(__AVX2__)
+  return (DoubleVector)_mm256_sqrt_pd((__m256d)value);
+#else
+  for (int lane = 0; lane < kLanes<double>; ++lane) value[lane] = __builtin_sqrt(value[lane]);
+  return value;
+#endif
+}
+inline HalfFloatVector square_root(HalfFloatVector value) {
+#if defined(__AVX512F__)
+  return (HalfFloatVector)_mm256_sqrt_ps((__m256)value);
+#elif defined(__AVX2__)
+  return (HalfFloatVector)_mm_sqrt_ps((__m128)value);
+#else
+  for (int lane = 0; lane < kLanes<double>; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
+  return value;
+#endif
+}
+
+/// In one instruction: what the compiler makes of __builtin_convertvector converts the halves apart.
+inline DoubleVector as_double(HalfFloatVector value) {
+#if defined(__AVX512F__)
+  return (DoubleVector)_mm512_cvtps_pd((__m256)value);
+#else
+  return __builtin_convertvector(value, DoubleVector);
+#endif
+}
+
+inline DoubleVector load_as_double(const float* from) { return as_double(load<HalfFloatVector>(from)); }
 inline DoubleVector load_as_double(const double* from) { return load<DoubleVector>(from); }
 
 /// Stores past the caches; `to` is aligned to the stored vector's size.
@@ -202,57 +267,66 @@ inline void from_float(float value, Float16* to) {
   }
 }
 
-template <typename Half>
-inline DoubleVector load_half_as_double(const Half* from) {
-  HalfFloatVector narrow;
-  for (int lane = 0; lane < kLanes<double>; ++lane) narrow[lane] = to_float(from[lane]);
-  return __builtin_convertvector(narrow, DoubleVector);
-}
-
-template <typename Half>
-inline void store_half(Half* to, DoubleVector value) {
-  const HalfFloatVector narrow = __builtin_convertvector(value, HalfFloatVector);
-  for (int lane = 0; lane < kLanes<double>; ++lane) from_float(narrow[lane], to + lane);
-}
-
 #if defined(__AVX512F__)
-inline DoubleVector load_as_double(const BFloat16* from) {
-  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
-  return (DoubleVector)_mm512_cvtps_pd(_mm256_castsi256_ps(bits));
+inline HalfFloatVector load_as_float(const BFloat16* from) {
+  return (HalfFloatVector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 }
-inline DoubleVector load_as_double(const Float16* from) {
-  return (DoubleVector)_mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)));
+inline HalfFloatVector load_as_float(const Float16* from) {
+  return (HalfFloatVector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
 }
-inline __m128i narrowed(DoubleVector value, BFloat16*) {
-  const __m256 single = _mm512_cvtpd_ps((__m512d)value);
+inline __m128i narrowed(HalfFloatVector value, BFloat16*) {
+  const __m256 single = (__m256)value;
   const __m256i bits = _mm256_castps_si256(single), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
   const __mmask8 nan = _mm256_cmp_ps_mask(single, single, _CMP_UNORD_Q);
   return _mm256_cvtepi32_epi16(_mm256_mask_mov_epi32(rounded, nan, _mm256_set1_epi32(0x7fc0)));
 }
-inline __m128i narrowed(DoubleVector value, Float16*) {
-  return _mm256_cvtps_ph(_mm512_cvtpd_ps((__m512d)value), _MM_FROUND_TO_NEAREST_INT);
-}
+inline __m128i narrowed(HalfFloatVector value, Float16*) { return _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT); }
 template <typename Half>
-inline void store_cached(Half* to, DoubleVector value) {
+inline void store_cached(Half* to, HalfFloatVector value) {
   _mm_storeu_si128((__m128i*)to, narrowed(value, to));
 }
 template <typename Half>
 inline void store_streaming(Half* to, DoubleVector value) {
-  _mm_stream_si128((__m128i*)to, narrowed(value, to));
+  _mm_stream_si128((__m128i*)to, narrowed(__builtin_convertvector(value, HalfFloatVector), to));
 }
 #else
-inline DoubleVector load_as_double(const BFloat16* from) { return load_half_as_double(from); }
-inline DoubleVector load_as_double(const Float16* from) { return load_half_as_double(from); }
 template <typename Half>
-inline void store_cached(Half* to, DoubleVector value) {
-  store_half(to, value);
+inline HalfFloatVector load_as_float(const Half* from) {
+  HalfFloatVector value;
+  for (int lane = 0; lane < kLanes<double>; ++lane) value[lane] = to_float(from[lane]);
+  return value;
+}
+template <typename Half>
+inline void store_cached(Half* to, HalfFloatVector value) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) from_float(value[lane], to + lane);
 }
 template <typename Half>
 inline void store_streaming(Half* to, DoubleVector value) {
-  store_half(to, value);
+  store_cached(to, __builtin_convertvector(value, HalfFloatVector));
 }
 #endif
+
+template <typename Half>
+inline DoubleVector load_as_double(const Half* from) {
+  return as_double(load_as_float(from));
+}
+template <typename Half>
+inline void store_cached(Half* to, DoubleVector value) {
+  store_cached(to, __builtin_convertvector(value, HalfFloatVector));
+}
+inline HalfFloatVector load_as_float(const float* from) { return load<HalfFloatVector>(from); }
+inline void store_cached(float* to, HalfFloatVector value) { store(to, value); }
+
+/// As many elements of a T as a DoubleVector has, in what they are computed with.
+template <typename T>
+inline auto load_as_wide(const T* from) {
+  if constexpr (sizeof(T) == 8) {
+    return load<DoubleVector>(from);
+  } else {
+    return load_as_float(from);
+  }
+}
 
 template <typename From, typename To>
 inline void convert(const From* from, int64_t count, To* to) {
