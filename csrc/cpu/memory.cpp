@@ -2,8 +2,9 @@
 // `squares` y_k <- keep_k y_k + scale_k g_k^2 and out = sum_k weight_k g_k. Each row is read from memory once, each memory and
 // the result are written once.
 //
-// Computed in float64; what is stored is rounded to its dtype. Sums stay in the first-level cache. Tasks that read, move and
-// weigh all they have come last, up to four in a sweep.
+// Computed in float32, as on CUDA; in float64 for 16-bit and float64 gradients, rows of any strides, and factors that leave
+// float32's range. Up to eight tasks that read, move and weigh all they have go in one sweep, whose sums stay in registers;
+// what other tasks add is in the first-level cache by then.
 
 #include <type_traits>
 
@@ -13,6 +14,7 @@ namespace mtlkernels::cpu {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector and cache line
+constexpr int kTasks = 8;         // of a sweep
 
 /// A memory's elements: float32 for 16-bit gradients.
 template <typename T>
@@ -27,86 +29,53 @@ struct Task {
   bool reads_memory(bool squares) const { return keep != 0 && (moves() || (!squares && weight != 0)); }
 };
 
-/// One task over one block: its memory and its part of the sums. Null: counts as zero.
-template <typename T, bool squares>
-void sweep(const T* grad, const Wide<T>* before, Wide<T>* after, Task task, int64_t count, double* sums) {
-  constexpr int lanes = kLanes<double>;
-  const DoubleVector keep = DoubleVector{} + task.keep, scale = DoubleVector{} + task.scale,
-                     weight = DoubleVector{} + task.weight;
+template <typename S, typename T>
+inline Vector<S> load_as(const T* from) {
+  if constexpr (std::is_same_v<S, T>) {
+    return load<Vector<S>>(from);
+  } else {
+    static_assert(sizeof(S) == 8);
+    return load_as_double(from);
+  }
+}
+
+inline void store_cached(float* to, FloatVector value) { store(to, value); }
+
+/// One task over one block, computed as S: its memory and its part of the sums. Null: counts as zero.
+template <typename T, typename S, bool squares>
+void sweep(const T* grad, const Wide<T>* before, Wide<T>* after, Task task, int64_t count, S* sums) {
+  const S scale = S(task.scale), weight = S(task.weight), keep = S(task.keep);
   const bool adds = grad && task.scale != 0, weighs = task.weight != 0;
   int64_t e = 0;
-  for (; e + lanes <= count; e += lanes) {
-    const DoubleVector g = grad ? load_as_double(grad + e) : DoubleVector{};
-    DoubleVector y = before ? keep * load_as_double(before + e) : DoubleVector{};
+  for (; e + kLanes<S> <= count; e += kLanes<S>) {
+    const Vector<S> g = grad ? load_as<S>(grad + e) : Vector<S>{};
+    Vector<S> y = before ? keep * load_as<S>(before + e) : Vector<S>{};
     if (adds) y += scale * (squares ? g * g : g);
     if (after) store_cached(after + e, y);
-    if (weighs) store(sums + e, load<DoubleVector>(sums + e) + weight * (squares ? g : y));
+    if (weighs) store(sums + e, load<Vector<S>>(sums + e) + weight * (squares ? g : y));
   }
   for (; e < count; ++e) {
-    const double g = grad ? double(to_float(grad[e])) : 0.0;
-    double y = before ? task.keep * double(before[e]) : 0.0;
-    if (adds) y += task.scale * (squares ? g * g : g);
+    const S g = grad ? S(to_float(grad[e])) : S(0);
+    S y = before ? keep * S(before[e]) : S(0);
+    if (adds) y += scale * (squares ? g * g : g);
     if (after) after[e] = Wide<T>(y);
-    if (weighs) sums[e] += task.weight * (squares ? g : y);
+    if (weighs) sums[e] += weight * (squares ? g : y);
   }
 }
 
-template <typename T>
-void sweep(const T* grad, Wide<T>* memory, Task task, bool squares, int64_t count, double* sums) {
+template <typename T, typename S>
+void sweep(const T* grad, Wide<T>* memory, Task task, bool squares, int64_t count, S* sums) {
   const Wide<T>* before = task.reads_memory(squares) ? memory : nullptr;
   Wide<T>* after = task.moves() ? memory : nullptr;
-  return squares ? sweep<T, true>(grad, before, after, task, count, sums)
-                 : sweep<T, false>(grad, before, after, task, count, sums);
+  return squares ? sweep<T, S, true>(grad, before, after, task, count, sums)
+                 : sweep<T, S, false>(grad, before, after, task, count, sums);
 }
 
-/// R tasks over one block that read, move and weigh all they have: in one sweep, so that every row is a long stream.
-template <typename T, bool squares, int R>
-void sweep_whole(const T* const* grads, Wide<T>* const* memories, const Task* tasks, int64_t count, double* sums) {
-  constexpr int lanes = kLanes<double>;
-  const T* grad[R];
-  Wide<T>* memory[R];
-  DoubleVector keep[R], scale[R], weight[R];
-  for (int r = 0; r < R; ++r) {
-    grad[r] = grads[r];
-    memory[r] = memories[r];
-    keep[r] = DoubleVector{} + tasks[r].keep;
-    scale[r] = DoubleVector{} + tasks[r].scale;
-    weight[r] = DoubleVector{} + tasks[r].weight;
-  }
-  int64_t e = 0;
-  for (; e + lanes <= count; e += lanes) {
-    DoubleVector sum = load<DoubleVector>(sums + e);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const DoubleVector g = load_as_double(grad[r] + e);
-      const DoubleVector y = keep[r] * load_as_double(memory[r] + e) + scale[r] * (squares ? g * g : g);
-      store_cached(memory[r] + e, y);
-      sum += weight[r] * (squares ? g : y);
-    }
-    store(sums + e, sum);
-  }
-  for (int r = 0; r < R; ++r) sweep<T, squares>(grad[r] + e, memory[r] + e, memory[r] + e, tasks[r], count - e, sums + e);
-}
-
-/// The same for `used` tasks.
-template <typename T, bool squares>
-void sweep_whole(const T* const* grads, Wide<T>* const* memories, const Task* tasks, int used, int64_t count, double* sums) {
-  int r = 0;
-  for (; r + 4 <= used; r += 4) sweep_whole<T, squares, 4>(grads + r, memories + r, tasks + r, count, sums);
-  if (r + 2 <= used) {
-    sweep_whole<T, squares, 2>(grads + r, memories + r, tasks + r, count, sums);
-    r += 2;
-  }
-  if (r < used) sweep_whole<T, squares, 1>(grads + r, memories + r, tasks + r, count, sums);
-}
-
-/// The block's sums, rounded.
-template <typename T>
-void write(const double* sums, int64_t count, bool stream, T* to) {
-  constexpr int lanes = kLanes<double>;
-  int64_t e = 0;
-  for (; e + lanes <= count; e += lanes) {
-    const DoubleVector sum = load<DoubleVector>(sums + e);
+/// The sums from element `e` on, rounded.
+template <typename T, typename S>
+void write(const S* sums, int64_t e, int64_t count, bool stream, T* to) {
+  for (; e + kLanes<S> <= count; e += kLanes<S>) {
+    const Vector<S> sum = load<Vector<S>>(sums + e);
     if (stream) {
       store_streaming(to + e, sum);
     } else {
@@ -116,36 +85,110 @@ void write(const double* sums, int64_t count, bool stream, T* to) {
   for (; e < count; ++e) from_float(Wide<T>(sums[e]), to + e);
 }
 
-/// Rows, memories and result lie flat in memory in one order.
+/// Tasks that read, move and weigh all they have, and where one block of them lies.
 template <typename T>
+struct Whole {
+  const T** grads;
+  Wide<T>** memories;
+  Task* tasks;
+};
+
+/// One sweep over R of them: from the sums so far (unless `First`, which has none) to `to`, or if that is null to the sums.
+template <typename T, typename S, bool squares, int R, bool First>
+void sweep_whole(Whole<T> whole, int64_t count, S* sums, T* to, bool stream) {
+  const T* grad[R];
+  Wide<T>* memory[R];
+  Vector<S> keep[R], scale[R], weight[R];
+  for (int r = 0; r < R; ++r) {
+    grad[r] = whole.grads[r];
+    memory[r] = whole.memories[r];
+    keep[r] = Vector<S>{} + S(whole.tasks[r].keep);
+    scale[r] = Vector<S>{} + S(whole.tasks[r].scale);
+    weight[r] = Vector<S>{} + S(whole.tasks[r].weight);
+  }
+  int64_t e = 0;
+  for (; e + kLanes<S> <= count; e += kLanes<S>) {
+    Vector<S> sum = First ? Vector<S>{} : load<Vector<S>>(sums + e);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<S> g = load_as<S>(grad[r] + e);
+      const Vector<S> y = keep[r] * load_as<S>(memory[r] + e) + scale[r] * (squares ? g * g : g);
+      sum += weight[r] * (squares ? g : y);
+      store_cached(memory[r] + e, y);
+    }
+    if (!to) {
+      store(sums + e, sum);
+    } else if (stream) {
+      store_streaming(to + e, sum);
+    } else {
+      store_cached(to + e, sum);
+    }
+  }
+  if (First) std::memset(sums + e, 0, size_t(count - e) * sizeof(S));
+  for (int r = 0; r < R; ++r)
+    sweep<T, S, squares>(grad[r] + e, memory[r] + e, memory[r] + e, whole.tasks[r], count - e, sums + e);
+  if (to) write(sums, e, count, false, to);
+}
+
+template <typename T, typename S>
+using Sweep = void (*)(Whole<T>, int64_t, S*, T*, bool);
+
+template <typename T, typename S, bool squares, bool First>
+Sweep<T, S> pick_sweep(int tasks) {
+  switch (tasks) {
+    case 1: return sweep_whole<T, S, squares, 1, First>;
+    case 2: return sweep_whole<T, S, squares, 2, First>;
+    case 3: return sweep_whole<T, S, squares, 3, First>;
+    case 4: return sweep_whole<T, S, squares, 4, First>;
+    case 5: return sweep_whole<T, S, squares, 5, First>;
+    case 6: return sweep_whole<T, S, squares, 6, First>;
+    case 7: return sweep_whole<T, S, squares, 7, First>;
+    default: return sweep_whole<T, S, squares, 8, First>;
+  }
+}
+
+/// `used` tasks, one or more, and the result. `first`: there are no sums yet.
+template <typename T, typename S, bool squares>
+void finish(Whole<T> whole, int used, bool first, int64_t count, S* sums, T* to, bool stream) {
+  for (int r = 0; r < used; r += kTasks, first = false) {
+    const int now = used - r < kTasks ? used - r : kTasks;
+    const Sweep<T, S> run = first ? pick_sweep<T, S, squares, true>(now) : pick_sweep<T, S, squares, false>(now);
+    run({whole.grads + r, whole.memories + r, whole.tasks + r}, count, sums, r + now == used ? to : nullptr, stream);
+  }
+}
+
+/// Rows, memories and result lie flat in memory in one order.
+template <typename T, typename S>
 void combine_flat(const Column& column, const Task* tasks, bool squares, int64_t begin, int64_t end, const Output& out) {
   const int num_tasks = column.num_rows / 2;
-  Scratch scratch(kBlock * sizeof(double) + size_t(num_tasks) * sizeof(Task));
-  double* sums = scratch.as<double>();
-  Task* whole = reinterpret_cast<Task*>(sums + kBlock);
-  Scratch pointers(size_t(num_tasks) * 16);
-  const T** grads = pointers.as<const T*>();
-  Wide<T>** memories = pointers.as<Wide<T>*>(num_tasks);
+  Scratch scratch(kBlock * sizeof(S) + size_t(num_tasks) * sizeof(Task)), pointers(size_t(num_tasks) * 16);
+  S* sums = scratch.as<S>();
+  const Whole<T> whole{pointers.as<const T*>(), pointers.as<Wide<T>*>(num_tasks), reinterpret_cast<Task*>(sums + kBlock)};
+  std::memset(sums, 0, kBlock * sizeof(S));  // what there is without tasks
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
-    std::memset(sums, 0, size_t(count) * sizeof(double));
+    T* to = static_cast<T*>(out.rows[0]) + at;
+    const bool stream = out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
     int used = 0;
     for (int k = 0; k < num_tasks; ++k) {
       const Task task = tasks[k];
       const T* grad = static_cast<const T*>(column.rows[k]);
       Wide<T>* memory = static_cast<Wide<T>*>(const_cast<void*>(column.rows[num_tasks + k])) + at;
       if (grad && task.keep != 0 && task.scale != 0 && task.weight != 0) {
-        grads[used] = grad + at;
-        memories[used] = memory;
-        whole[used++] = task;
-      } else {
-        sweep(grad && task.reads_grad(squares) ? grad + at : nullptr, memory, task, squares, count, sums);
+        whole.grads[used] = grad + at;
+        whole.memories[used] = memory;
+        whole.tasks[used++] = task;
+        continue;
       }
+      if (k == used) std::memset(sums, 0, size_t(count) * sizeof(S));  // the first of its kind
+      sweep(grad && task.reads_grad(squares) ? grad + at : nullptr, memory, task, squares, count, sums);
     }
-    squares ? sweep_whole<T, true>(grads, memories, whole, used, count, sums)
-            : sweep_whole<T, false>(grads, memories, whole, used, count, sums);
-    T* to = static_cast<T*>(out.rows[0]) + at;
-    write(sums, count, out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0, to);
+    if (used == 0) {
+      write(sums, 0, count, stream, to);
+    } else {
+      const auto run = squares ? finish<T, S, true> : finish<T, S, false>;
+      run(whole, used, used == num_tasks, count, sums, to, stream);
+    }
   }
   if (out.stream) fence_streaming();
 }
@@ -173,9 +216,19 @@ void combine_strided(const Column& column, const Task* tasks, bool squares, int6
         scatter(memory, column.layout, column.strides[num_tasks + k], at, count, to);
       }
     }
-    write(sums, count, false, grads);
+    write(sums, 0, count, false, grads);
     scatter(grads, column.layout, out.strides[0], at, count, static_cast<T*>(out.rows[0]));
   }
+}
+
+/// Whether float32 holds the factors and, within reason, what they are multiplied with.
+bool within_float32(const double* factors, int count) {
+  bool within = true;
+  for (int i = 0; i < count; ++i) {
+    const double size = factors[i] < 0 ? -factors[i] : factors[i];
+    within &= size == 0 || (size > 0x1p-100 && size < 0x1p100);
+  }
+  return within;
 }
 
 template <typename T>
@@ -184,11 +237,11 @@ void combine_range(const Column& column, const double* factors, bool squares, in
   Scratch scratch(size_t(num_tasks) * sizeof(Task));
   Task* tasks = scratch.as<Task>();
   for (int k = 0; k < num_tasks; ++k) tasks[k] = {factors[k], factors[num_tasks + k], factors[2 * num_tasks + k]};
-  if (column.layout.dim == 0) {
-    combine_flat<T>(column, tasks, squares, begin, end, out);
-  } else {
-    combine_strided<T, Wide<T>>(column, tasks, squares, begin, end, out);
+  if (column.layout.dim != 0) return combine_strided<T, Wide<T>>(column, tasks, squares, begin, end, out);
+  if constexpr (std::is_same_v<T, float>) {
+    if (within_float32(factors, 3 * num_tasks)) return combine_flat<T, float>(column, tasks, squares, begin, end, out);
   }
+  combine_flat<T, double>(column, tasks, squares, begin, end, out);
 }
 
 }  // namespace
