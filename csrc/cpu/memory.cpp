@@ -29,18 +29,6 @@ struct Task {
   bool reads_memory(bool squares) const { return keep != 0 && (moves() || (!squares && weight != 0)); }
 };
 
-template <typename S, typename T>
-inline Vector<S> load_as(const T* from) {
-  if constexpr (std::is_same_v<S, T>) {
-    return load<Vector<S>>(from);
-  } else {
-    static_assert(sizeof(S) == 8);
-    return load_as_double(from);
-  }
-}
-
-inline void store_cached(float* to, FloatVector value) { store(to, value); }
-
 /// One task over one block, computed as S: its memory and its part of the sums. Null: counts as zero.
 template <typename T, typename S, bool squares>
 void sweep(const T* grad, const Wide<T>* before, Wide<T>* after, Task task, int64_t count, S* sums) {

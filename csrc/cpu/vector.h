@@ -318,6 +318,16 @@ inline void store_cached(Half* to, DoubleVector value) {
 inline HalfFloatVector load_as_float(const float* from) { return load<HalfFloatVector>(from); }
 inline void store_cached(float* to, HalfFloatVector value) { store(to, value); }
 
+/// A vector of A: double, or the rows' own float.
+template <typename A, typename T>
+inline Vector<A> load_as(const T* from) {
+  if constexpr (sizeof(A) == 8) {
+    return load_as_double(from);
+  } else {
+    return load<Vector<A>>(from);
+  }
+}
+
 /// As many elements of a T as a DoubleVector has, in what they are computed with.
 template <typename T>
 inline auto load_as_wide(const T* from) {

@@ -17,15 +17,6 @@ constexpr int kRows = 8;         // rows per sweep: their pointers and the outpu
 template <typename T>
 using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
 
-template <typename A, typename T>
-inline Vector<A> load_as(const T* from) {
-  if constexpr (std::is_same_v<A, double>) {
-    return load_as_double(from);
-  } else {
-    return load<Vector<A>>(from);
-  }
-}
-
 /// Up to a vector of elements, and zeros.
 template <typename A, typename T>
 inline Vector<A> load_some(const T* from, int64_t count) {
