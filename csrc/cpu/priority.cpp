@@ -169,14 +169,6 @@ template <typename T>
 using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
 
 /// Vectors of the S that rows of T are summed in: float for float32, else double.
-template <typename S, typename T>
-inline Vector<S> load_as(const T* from) {
-  if constexpr (sizeof(S) == 4) {
-    return load<Vector<S>>(from);
-  } else {
-    return load_as_double(from);
-  }
-}
 
 template <typename T, typename V>
 inline void store_result(T* to, V value, bool stream) {
