@@ -168,8 +168,6 @@ void products(const T* own, const T* const* rows, int num_rows, int64_t count, d
 template <typename T>
 using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
 
-/// Vectors of the S that rows of T are summed in: float for float32, else double.
-
 template <typename T, typename V>
 inline void store_result(T* to, V value, bool stream) {
   if constexpr (std::is_same_v<V, DoubleVector>) {
