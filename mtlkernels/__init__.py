@@ -9,6 +9,7 @@ from .flat import FlatGram, flat_gram, perturb_, restore_
 from .landscape import ConflictShare, LossSlice, loss_slice, sharpness
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import (
+    Cuts,
     FlatInfo,
     FlatMinimaOptimizer,
     GroupsInfo,
@@ -18,6 +19,7 @@ from .optim import (
     SelectiveGroupOptimizer,
     StepInfo,
     TaskPriorityOptimizer,
+    cut,
 )
 from .priority import connection_strength, priority_combine
 from .proximal import ProximalAffinity
@@ -27,6 +29,7 @@ from .weightings import get_weighting
 
 __all__ = [
     "ConflictShare",
+    "Cuts",
     "FlatGram",
     "FlatInfo",
     "FlatMinimaOptimizer",
@@ -49,6 +52,7 @@ __all__ = [
     "connection_strength",
     "cosine",
     "curvature_bound",
+    "cut",
     "flat_gram",
     "get_weighting",
     "gram",

@@ -32,6 +32,7 @@ from .undo import Snapshot
 
 if TYPE_CHECKING:
     from .multitask import MultiTaskOptimizer
+    from .streamed import Cuts
 
 Representation: TypeAlias = Tensor | Sequence[Tensor] | Callable[[], Tensor | Sequence[Tensor]]
 """What all losses are computed from, or a function that returns it, called after the one that returns the losses."""
@@ -44,7 +45,11 @@ Edge = tuple[Any, int]
 
 
 def gram_source(
-    optimizer: "MultiTaskOptimizer", representation: Representation | None, gram_losses: SubBatch | None, kept: Snapshot
+    optimizer: "MultiTaskOptimizer",
+    representation: Representation | None,
+    gram_losses: SubBatch | None,
+    cuts: "Cuts | None",
+    kept: Snapshot,
 ) -> "GramSource | None":
     """Where the weights of the step come from; None: from the gradients of all parameters, or none are computed in it.
 
@@ -52,16 +57,21 @@ def gram_source(
         optimizer: that is about to take the step.
         representation: as of :meth:`MultiTaskOptimizer.backward`.
         gram_losses: likewise.
+        cuts: likewise.
         kept: the weighting's buffers as they go back where the update is not finite.
 
     Raises:
         ValueError: both, or an optimizer whose weights one Gram does not give.
     """
-    if representation is None and gram_losses is None:
+    from .streamed import StreamedGram
+
+    options = {"representation": representation, "gram_losses": gram_losses, "cuts": cuts}
+    names = [name for name, value in options.items() if value is not None]
+    if not names:
         return None
-    if representation is not None and gram_losses is not None:
-        raise ValueError("representation and gram_losses are both given; pass one of them.")
-    name = "gram_losses" if representation is None else "representation"
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are both given; pass one of them.")
+    (name,) = names
     method = optimizer.weighting
     plain = isinstance(method, Weighting) and not isinstance(method, MemoryWeighting)
     if not plain or optimizer._one_pass or optimizer._crosses:
@@ -78,14 +88,16 @@ def gram_source(
             f"{name} is given, but the gradients of {optimizer._accumulated.batches} micro-batches wait for weights of "
             "their own; leave it out, or call backward, instead of accumulate, for every micro-batch."
         )
-    if representation is None:
-        return SubBatchGram(optimizer, cast(SubBatch, gram_losses), kept)
+    if gram_losses is not None:
+        return SubBatchGram(optimizer, gram_losses, kept)
     if optimizer.ranks.hides_leaves:
         raise ValueError(
-            "representation is given, but the parameters are DTensors, whose gradients come from whole backward passes; pass "
+            f"{name} is given, but the parameters are DTensors, whose gradients come from whole backward passes; pass "
             "gram_losses, or update_every."
         )
-    return RepresentationGram(optimizer, representation, kept)
+    if cuts is not None:
+        return StreamedGram(optimizer, cuts, kept)
+    return RepresentationGram(optimizer, cast(Representation, representation), kept)
 
 
 class GramSource(ABC):
@@ -144,6 +156,14 @@ class GramSource(ABC):
         """What the weights are computed from, of the Gram of all ranks."""
         return gram
 
+    def _own_gram(self, live: list[list[Tensor]], own: Rows, tasks: tuple[Task, ...]) -> Tensor:
+        """Squared norms of the heads' gradients on the diagonal, to tell which are finite."""
+        squares = [
+            self.optimizer._gram(Problems("model", params), [row], params, [task])[0, 0]
+            for row, params, task in zip(own, live, tasks, strict=True)
+        ]
+        return torch.stack(squares).diag()
+
     def _without_dropped(self, own: Rows) -> Rows:
         """The heads' gradients; zero, whatever they were, where ``on_nonfinite`` drops the task."""
         if self.optimizer.on_nonfinite != "drop_task":
@@ -188,16 +208,8 @@ class RepresentationGram(GramSource):
             ranks = optimizer.ranks
             gram = optimizer._unscaled(optimizer._gram(Problems("model", tensors), self.rows, tensors, tasks), scale)
             gram = gram / (ranks.size * ranks.scale) ** 2  # of the losses' means over ranks, each with a batch of its own
-            own_gram = self._own_gram(live, tasks) if optimizer.on_nonfinite == "drop_task" and own else None
+            own_gram = self._own_gram(live, self.own, tasks) if optimizer.on_nonfinite == "drop_task" and own else None
             self._hold(tasks, losses, gram, own_gram)
-
-    def _own_gram(self, live: list[list[Tensor]], tasks: tuple[Task, ...]) -> Tensor:
-        """Squared norms of the heads' gradients on the diagonal, to tell which are finite."""
-        squares = [
-            self.optimizer._gram(Problems("model", params), [row], params, [task])[0, 0]
-            for row, params, task in zip(self.own, live, tasks, strict=True)
-        ]
-        return torch.stack(squares).diag()
 
     def gradients(
         self,

@@ -42,6 +42,7 @@ from .saved import SavedState
 from .scaler import check_not_float16, enabled_scaler, update_scale
 from .second import check_second, second_losses
 from .skip import SkipFlag, first_written
+from .streamed import Cuts
 from .tracked import Tracked
 from .undo import Snapshot
 from .wrapper import eager, with_step_hooks
@@ -176,6 +177,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
@@ -197,6 +199,8 @@ class MultiTaskOptimizer(SavedState):
                 Gram is that of their gradients, and one backward pass takes the weighted ``losses``. A pair of such of two
                 halves of the sub-batch: of the halves' mean, with ``gram_error`` and ``gram_bias`` in the info. Or a function
                 that returns either, which is called when weights are computed.
+            cuts: of the forward pass, made by :func:`mtlkernels.cut`: the exact Gram, segment by segment of the graph, then one
+                backward pass of the weighted losses; K gradients of the model are never there at once.
 
         Raises:
             ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
@@ -204,7 +208,7 @@ class MultiTaskOptimizer(SavedState):
             Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
         """
         with self._undone_on_error() as before:
-            source = gram_source(self, representation, gram_losses, before)
+            source = gram_source(self, representation, gram_losses, cuts, before)
             return self._backward(losses, scaler, accumulate=True, kept=before, other=other, source=source)
 
     @eager
@@ -257,6 +261,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo: ...
 
     @overload
@@ -269,6 +274,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo: ...
 
     @with_step_hooks
@@ -281,6 +287,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -295,6 +302,7 @@ class MultiTaskOptimizer(SavedState):
             other: as in :meth:`backward`.
             representation: as there.
             gram_losses: as there.
+            cuts: as there.
 
         Returns:
             The update's info; None without losses.
@@ -314,8 +322,8 @@ class MultiTaskOptimizer(SavedState):
                 raise ValueError("scaler is given without losses; pass the losses, or call scaler.step(optimizer).")
             if other is not None:
                 raise ValueError("other is given without losses; pass the losses of both batches.")
-            if representation is not None or gram_losses is not None:
-                raise ValueError("representation or gram_losses is given without losses; pass the losses of the batch.")
+            if any(given is not None for given in (representation, gram_losses, cuts)):
+                raise ValueError("representation, gram_losses or cuts is given without losses; pass the losses of the batch.")
             if self._accumulated.batches:
                 raise ValueError(
                     f"losses is None, but no update has used the gradients of {self._accumulated.batches} calls of accumulate; "
@@ -333,7 +341,7 @@ class MultiTaskOptimizer(SavedState):
         if scaler is not None:
             check_not_float16(self.params)
         with self._undone_on_error() as before:
-            source = gram_source(self, representation, gram_losses, before)
+            source = gram_source(self, representation, gram_losses, cuts, before)
             info = self._backward(losses, scaler, accumulate=False, kept=before, other=other, source=source)
             info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
