@@ -10,6 +10,7 @@ from .gradient_dropout import gradient_dropout
 from .landscape import ConflictShare, LossSlice, loss_slice, sharpness
 from .ops import combine, condition_number, conflict_rate, cosine, gram, magnitude_similarity, mix, project
 from .optim import (
+    Cuts,
     FlatInfo,
     FlatMinimaOptimizer,
     GroupsInfo,
@@ -19,6 +20,7 @@ from .optim import (
     SelectiveGroupOptimizer,
     StepInfo,
     TaskPriorityOptimizer,
+    cut,
 )
 from .priority import connection_strength, priority_combine
 from .proximal import ProximalAffinity
@@ -28,6 +30,7 @@ from .weightings import get_weighting
 
 __all__ = [
     "ConflictShare",
+    "Cuts",
     "FlatGram",
     "FlatInfo",
     "FlatMinimaOptimizer",
@@ -50,6 +53,7 @@ __all__ = [
     "connection_strength",
     "cosine",
     "curvature_bound",
+    "cut",
     "flat_gram",
     "get_weighting",
     "gradient_dropout",

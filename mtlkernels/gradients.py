@@ -98,9 +98,9 @@ def weighted_gradients(
     """
     rows: Rows = [[None] * len(tensors) for tensors in own]
     everything = [*shared, *{id(t): t for tensors in own for t in tensors}.values()]
-    total = _weighted_sum(losses, weights)
+    total = weighted_sum(losses, weights)
     if hidden and len(everything) > len(shared):
-        both = [total, _weighted_sum(losses, torch.ones_like(weights))]
+        both = [total, weighted_sum(losses, torch.ones_like(weights))]
         row, others = task_gradients(both, [everything, everything], "backward")
         left = {id(t): grad for t, grad in zip(everything, others, strict=True)}
         for k, loss in enumerate(losses):
@@ -115,7 +115,8 @@ def weighted_gradients(
     return task_gradients([total], [inputs], source)[0][: len(shared)], rows
 
 
-def _weighted_sum(losses: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+def weighted_sum(losses: Sequence[Tensor | None], weights: Tensor) -> Tensor:
+    """sum_k w_k L_k, a scalar with a graph, over the tasks that have a loss."""
     total = torch.zeros((), dtype=weights.dtype, device=weights.device)
     with torch.enable_grad():
         for k, loss in enumerate(losses):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import mtlkernels as mtl
 from mtlkernels.gradients import SOURCES
-from mtlkernels.optim import gram_source
-from mtlkernels.optim.gram_source import of_halves
+from mtlkernels.optim import sub_batch
+from mtlkernels.optim.sub_batch import of_halves
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -350,15 +350,13 @@ def test_the_transcription_catches_planted_faults(monkeypatch):
 
     def planted(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(gram_source, "of_halves", lambda gram: change(*of_halves(gram)))
+            patch.setattr(sub_batch, "of_halves", lambda gram: change(*of_halves(gram)))
             fails()
 
     planted(lambda gram, error, bias: (gram - bias, error, bias))
     planted(lambda gram, error, bias: (gram, 2 * error, bias))
     planted(lambda gram, error, bias: (gram, error, 2 * bias))
     with monkeypatch.context() as patch:  # other weights in the pass than in the info
-        original = gram_source.weighted_gradients
-        patch.setattr(
-            gram_source, "weighted_gradients", lambda losses, weights, *rest: original(losses, weights * 1.001, *rest)
-        )
+        original = sub_batch.weighted_gradients
+        patch.setattr(sub_batch, "weighted_gradients", lambda losses, weights, *rest: original(losses, weights * 1.001, *rest))
         fails()

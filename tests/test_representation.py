@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlkernels as mtl
 from mtlkernels.gradients import SOURCES
-from mtlkernels.optim import gram_source
+from mtlkernels.optim import representation as module
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -571,21 +571,21 @@ def test_the_transcription_catches_planted_faults(monkeypatch):
             test_is_the_transcription("two", "autograd", None)
 
     with monkeypatch.context() as patch:  # weights of another Gram
-        original = gram_source.Problems
-        patch.setattr(gram_source, "Problems", lambda per, tensors: Halved(original(per, tensors)))
+        original = module.Problems
+        patch.setattr(module, "Problems", lambda per, tensors: Halved(original(per, tensors)))
         fails()
     with monkeypatch.context() as patch:  # a tensor left out of the pass through the trunk
-        combine = gram_source.ops.combine
-        patch.setattr(gram_source.ops, "combine", lambda *args, **options: [*combine(*args, **options)[:-1], None])
+        combine = module.ops.combine
+        patch.setattr(module.ops, "combine", lambda *args, **options: [*combine(*args, **options)[:-1], None])
         fails()
     with monkeypatch.context() as patch:  # heads of weighted losses
-        own = gram_source.RepresentationGram._without_dropped
+        own = module.RepresentationGram._without_dropped
 
         def scaled(self, rows):
             weights = self.info.weights
             return [[None if g is None else g * weights[k] for g in row] for k, row in enumerate(own(self, rows))]
 
-        patch.setattr(gram_source.RepresentationGram, "_without_dropped", scaled)
+        patch.setattr(module.RepresentationGram, "_without_dropped", scaled)
         fails()
 
 

@@ -6,8 +6,10 @@ from .info import GroupsInfo, PriorityInfo, StepInfo
 from .master import MasterWeights
 from .multitask import MultiTaskOptimizer
 from .priority import TaskPriorityOptimizer
+from .streamed import Cuts, cut
 
 __all__ = [
+    "Cuts",
     "FlatInfo",
     "FlatMinimaOptimizer",
     "GroupsInfo",
@@ -17,4 +19,5 @@ __all__ = [
     "SelectiveGroupOptimizer",
     "StepInfo",
     "TaskPriorityOptimizer",
+    "cut",
 ]

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal, cast, get_args, overload
 
 import torch
@@ -12,40 +11,34 @@ from torch import Tensor
 from ..distributed import ranks_of
 from ..gradients import (
     SOURCES,
-    Received,
-    Rows,
     Source,
     add_to_grad,
     check_dense,
-    check_grads,
-    check_graph,
-    check_heads_in_graph,
-    check_hooks,
     check_reached,
     combine_own,
-    scattered,
-    task_gradients,
-    weighted_gradients,
 )
 from ..granularity import KINDS, Problems
 from ..reference import Granularity
 from ..weightings import Elementwise, MemoryWeighting, Weighting, as_method
 from ..weightings.cross.base import takes_cross
-from .accumulated import Accumulated, MicroBatch
-from .compare import step_entries
+from .accumulated import Accumulated
 from .decide import Batch, check_options
 from .finish import Finish, Part
-from .gram_source import GramSource, Representation, SubBatch, gram_source
+from .gram_source import GramSource
 from .held import HeldWeights
 from .info import StepInfo
-from .losses import Losses, check_without_losses, order_losses, task_names
+from .losses import Losses, check_without_losses, task_names
 from .one_pass import backward_of_losses, observe
 from .previous import OneRead, WeightsFrom
+from .representation import Representation
 from .roles import Roles, Task
 from .saved import SavedState
 from .scaler import check_not_float16, enabled_scaler, update_scale
-from .second import check_second, second_losses
+from .second import check_second
 from .skip import SkipFlag, first_written
+from .sources import gram_source
+from .streamed import Cuts
+from .sub_batch import SubBatch
 from .tracked import Tracked
 from .undo import Snapshot
 from .wrapper import eager, with_step_hooks
@@ -193,6 +186,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo:
         """Fills ``.grad`` from the task losses; adds to what is there, as ``loss.backward()`` does.
 
@@ -214,6 +208,8 @@ class MultiTaskOptimizer(SavedState):
                 Gram is that of their gradients, and one backward pass takes the weighted ``losses``. A pair of such of two
                 halves of the sub-batch: of the halves' mean, with ``gram_error`` and ``gram_bias`` in the info. Or a function
                 that returns either, which is called when weights are computed.
+            cuts: of the forward pass, made by :func:`mtlkernels.cut`: the exact Gram, segment by segment of the graph, then one
+                backward pass of the weighted losses; K gradients of the model are never there at once.
 
         Raises:
             ValueError: losses that do not fit, a shared parameter that no loss reaches, gradients that no op takes.
@@ -221,7 +217,7 @@ class MultiTaskOptimizer(SavedState):
             Whatever is raised, parameters, ``.grad`` and the weighting's state are as before.
         """
         with self._undone_on_error() as before:
-            source = gram_source(self, representation, gram_losses, before)
+            source = gram_source(self, representation, gram_losses, cuts, before)
             return self._backward(losses, scaler, accumulate=True, kept=before, other=other, source=source)
 
     @eager
@@ -274,6 +270,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo: ...
 
     @overload
@@ -286,6 +283,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo: ...
 
     @with_step_hooks
@@ -298,6 +296,7 @@ class MultiTaskOptimizer(SavedState):
         other: Losses | None = None,
         representation: Representation | None = None,
         gram_losses: SubBatch | None = None,
+        cuts: Cuts | None = None,
     ) -> StepInfo | None:
         """One optimization step.
 
@@ -312,6 +311,7 @@ class MultiTaskOptimizer(SavedState):
             other: as in :meth:`backward`.
             representation: as there.
             gram_losses: as there.
+            cuts: as there.
 
         Returns:
             The update's info; None without losses.
@@ -327,7 +327,13 @@ class MultiTaskOptimizer(SavedState):
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
         if losses is None:
-            given = {"scaler": scaler, "other": other, "representation": representation, "gram_losses": gram_losses}
+            given = {
+                "scaler": scaler,
+                "other": other,
+                "representation": representation,
+                "gram_losses": gram_losses,
+                "cuts": cuts,
+            }
             check_without_losses(given, self._accumulated.batches)
             reads = self._step_inner(self._skip.on_device())
             if self._info is not None:
@@ -341,7 +347,7 @@ class MultiTaskOptimizer(SavedState):
         if scaler is not None:
             check_not_float16(self.params)
         with self._undone_on_error() as before:
-            source = gram_source(self, representation, gram_losses, before)
+            source = gram_source(self, representation, gram_losses, cuts, before)
             info = self._backward(losses, scaler, accumulate=False, kept=before, other=other, source=source)
             if self._finish is None:
                 info.host_reads += self._step_inner(self._skip.on_device())
@@ -443,81 +449,6 @@ class MultiTaskOptimizer(SavedState):
         self._note(info, shows_nan, scaled=scale is not None and accumulate)
         return info
 
-    def _micro_batch(
-        self,
-        losses: Losses,
-        scaler: torch.amp.GradScaler | None,
-        accumulate: bool,
-        other: Losses | None = None,
-        last: bool = False,
-        source: GramSource | None = None,
-    ) -> MicroBatch:
-        """The gradients of a batch, and of the ``other`` after them; ``accumulate``: they are to be added to ``.grad``.
-
-        Those of a batch in one piece are this rank's part of them, on their way while the next task's are computed.
-        """
-        tasks, ordered, scaled, scale = self._begin(losses, scaler, accumulate)
-        if source is not None:
-            source.weigh(tasks, ordered, scaled, scale)
-        shared = self._roles.shared
-        own, own_of_task = self._roles.own(tasks)
-        whole = self.ranks.communicates and (not last or self._accumulated.batches > 0)
-        received: Received = (lambda row, _: row) if whole else self._scatter_row
-        weighted = weighted_gradients if source is None else source.gradients
-        rows = partial(
-            self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received, weighted=weighted
-        )
-        shared_rows, own_rows = rows(scaled)
-        if other is not None:
-            second = second_losses(other, tasks, ordered)
-            check_graph(second, self.gradients, any(p.requires_grad for p in self._roles.found))
-            if scale is not None:
-                second = [None if loss is None else loss * scale.to(loss.device) for loss in second]
-            more_shared, more_own = rows(second)
-            shared_rows, own_rows = [*shared_rows, *more_shared], [*own_rows, *more_own]
-        params = [shared for _ in shared_rows] + [own for _ in own_rows]
-        return MicroBatch(tasks, ordered, [*shared_rows, *own_rows], params, scale)
-
-    def _begin(
-        self, losses: Losses, scaler: torch.amp.GradScaler | None, accumulate: bool
-    ) -> tuple[tuple[Task, ...], list[Tensor | None], list[Tensor | None], Tensor | None]:
-        """Checks everything that can be checked before a gradient is computed, and decides the roles.
-
-        Returns:
-            The task names, the losses in their order, what to differentiate, and the scaler's factor where there is one.
-        """
-        tasks, ordered = order_losses(losses, self.tasks)
-        params = self.params
-        self.ranks.check()
-        roles = self._roles.refreshed(params)  # the inner optimizer's groups may have changed
-        if roles is not self._roles:
-            self.ranks.check(params)
-            self._compares = self.ranks.size > 1
-        if self._compares:
-            self.ranks.require_equal(step_entries(self, self.ranks, tasks, ordered, {"weighting": self.weighting}))
-        self._check_heads(tasks)  # where ranks have other tasks, every rank has been told
-        by_reach = any(p.requires_grad for p in roles.found)
-        decides = not self._one_pass
-        undecided = decides and len(tasks) > 1 and bool(roles.pending())
-        if undecided and self.ranks.hides_leaves:
-            raise ValueError(
-                "shared parameters cannot be told from heads in graphs that do not have DTensor parameters as leaves; pass "
-                "shared=parameters, heads={task: parameters}, or both."
-            )
-        check_graph(ordered, self.gradients, by_reach and decides, undecided)
-        if self.gradients == "autograd":
-            check_hooks(params, self.name_of)
-        if accumulate:
-            check_grads(params, self.name_of)
-        self._roles = roles.decided(ordered) if decides else roles
-        scale = None
-        scaled = ordered
-        enabled = enabled_scaler(scaler, self.on_nonfinite)
-        if enabled is not None:
-            scaled = [None if loss is None else enabled.scale(loss) for loss in ordered]
-            scale = enabled.scale(torch.ones((), device=self.device))  # the factor, without a host read
-        return tasks, ordered, scaled, scale
-
     def _fill(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Puts the update into ``.grad``: adds it to what is there, or replaces it for every parameter."""
         if not accumulate:
@@ -533,50 +464,6 @@ class MultiTaskOptimizer(SavedState):
             self._skip = SkipFlag()
         elif shows_nan is not None:
             self._skip = self._skip.with_update(shows_nan, info.skipped)
-
-    def _check_heads(self, tasks: Sequence[Task]) -> None:
-        for task in self._roles.heads:
-            if task not in tasks:
-                raise ValueError(f"heads names the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}.")
-
-    def _rows(
-        self,
-        losses: Sequence[Tensor | None],
-        tasks: Sequence[Task],
-        shared: list[Tensor],
-        own: list[Tensor],
-        own_of_task: list[list[int]],
-        received: Received,
-        weighted: Callable[..., tuple[list[Tensor | None], Rows]],
-    ) -> tuple[Rows, Rows]:
-        """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
-
-        Where no weights are computed, the shared parameters have one row, the gradient of the weighted losses.
-        """
-        live = [n for n, p in enumerate(shared) if p.requires_grad]
-        own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
-        bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
-        if self._held.left <= 0:
-            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, received)
-            shared_rows = [scattered(row[: len(live)], live, len(shared)) for row in rows]
-            own_grads = [row[len(live) :] for row in rows]
-        else:
-            hidden = self.ranks.hides_leaves
-            if self.gradients == "backward" and not hidden:
-                check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
-            weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
-            row, own_grads = weighted(losses, weights, bodies, heads, self.gradients, hidden)
-            own_grads = [received(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
-            shared_rows = [scattered(received(row, bodies), live, len(shared))]
-        self.ranks.wait()
-        own_rows = [scattered(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
-        return shared_rows, own_rows
-
-    def _scatter_row(self, row: list[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
-        with torch.no_grad():
-            if self._compares:
-                self.ranks.compare_row(row, params)
-            return self.ranks.scatter(row, params)
 
     # --- failing ---------------------------------------------------------------------------------------------------------
 

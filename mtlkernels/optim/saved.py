@@ -1,11 +1,10 @@
 """What a multi-task optimizer adds to a checkpoint."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from .decide import Decisions
+from .batches import Batches
 from .held import HeldWeights
 from .losses import loaded_names
 from .roles import Task
@@ -15,19 +14,14 @@ STATE_KEY = "multitask"
 """Entry of the state dict that holds the task names and the weighting's state; optimizers of torch ignore it."""
 
 
-class SavedState(Decisions):
+class SavedState(Batches):
     """The part of :class:`MultiTaskOptimizer` that writes and reads its entry of the state dict."""
 
-    tasks: tuple[Task, ...] | None
     _tasks_given: bool
 
     @abstractmethod
     def _forget(self) -> None:
         """Drops what belongs to the update in progress."""
-
-    @abstractmethod
-    def _check_heads(self, tasks: Sequence[Task]) -> None:
-        """Raises a ``ValueError`` for heads of unknown tasks."""
 
     @abstractmethod
     def _undone_on_error(self) -> AbstractContextManager[Snapshot]:
