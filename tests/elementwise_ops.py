@@ -1,4 +1,4 @@
-"""What the tests of the ops that combine gradients element by element share: sizes, bits, and runs on other instruction sets."""
+"""What the tests of the ops that combine gradients element by element share: sizes, bits, other instruction sets."""
 
 import os
 import subprocess
@@ -10,6 +10,7 @@ import torch
 from helpers import CHUNK, DTYPES, random_gradients
 from torch import Tensor
 
+from mtlkernels import elementwise
 from mtlkernels.dispatch import CAPABILITIES, cpu_capability
 
 SHAPES = [(), (1,), (7,), (33, 5), (3, 2, 3, 3), (2500,)]
@@ -26,7 +27,7 @@ def assert_same_bits(actual: list, wanted: list) -> None:
 
 
 def assert_same_bits_on(capability: str, call: str, folder: Path) -> None:
-    """``call``, Python of the gradients ``rows`` of 9 tasks, here and in a process with an instruction set; skips without it."""
+    """``call``, Python of the gradients ``rows`` of 9 tasks, here and with an instruction set, where the processor has it."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(cpu_capability()):
         pytest.skip(f"this processor has no {capability}")
     given = {dtype: random_gradients(9, [(2500,), (33, 5)], dtype) for dtype in DTYPES}
@@ -38,8 +39,6 @@ def assert_same_bits_on(capability: str, call: str, folder: Path) -> None:
         env={**os.environ, "MTLKERNELS_CPU_CAPABILITY": capability, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    from mtlkernels import elementwise
-
     for rows, wanted in zip(given.values(), torch.load(folder / "out.pt"), strict=True):
         own: list[Tensor] = eval(call, {"torch": torch, "rows": rows, **vars(elementwise)})
         assert_same_bits(own, wanted)

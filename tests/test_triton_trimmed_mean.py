@@ -1,4 +1,4 @@
-"""The Triton kernel of the trimmed mean, run on the CPU from its PTX as its plan launches it: the CPU kernels' bits, and traffic."""
+"""The Triton kernel of the trimmed mean, run on the CPU from its PTX with its plan's launches: bits, and traffic."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the ops that combine gradients element by element share in Triton: their chunks, and the rows of tasks that are active."""
+"""What the ops that combine gradients element by element share in Triton: chunks, and the rows of active tasks."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from .placing import place_results
 from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, vector_count
 
 CLASSES = (1, 3, 8, 32)
-"""Numbers left out on each side that the kernel is compiled for: what it keeps of an element, in registers, is twice as much."""
+"""Numbers left out on each side that the kernel is compiled for; of an element it keeps twice as many, in registers."""
 THREADS = 256
 
 
@@ -52,7 +52,7 @@ def _keep_smaller(kept, value, B: tl.constexpr):
     """The B smallest of those kept and of a value, and what goes on."""
     stays = ()
     for i in tl.static_range(B):
-        stays = stays + (_smaller(kept[i], value),)
+        stays = stays + (_smaller(kept[i], value),)  # noqa: RUF005  Triton has no starred expressions
         value = _larger(kept[i], value)
     return stays, value
 
@@ -62,7 +62,7 @@ def _keep_larger(kept, value, B: tl.constexpr):
     """The B largest of those kept and of a value, and what goes on."""
     stays = ()
     for i in tl.static_range(B):
-        stays = stays + (_larger(kept[i], value),)
+        stays = stays + (_larger(kept[i], value),)  # noqa: RUF005
         value = _smaller(kept[i], value)
     return stays, value
 
@@ -91,13 +91,13 @@ def _trim(
     mask = offsets < count
     smallest = tl.full([E], float("-inf"), S)
     largest = tl.full([E], float("nan"), S)
-    # Read anew for every tile: else what the ends start with, 2 B numbers, takes registers of its own across the loop over tiles.
+    # Read anew for every tile: else what the ends start with takes 2 B registers of its own across the loop over tiles.
     full = dropped + (tl.load(pointers + num_rows, volatile=True) == 0).to(tl.int32)
     low = ()
     high = ()
     for i in tl.static_range(B):
-        low = low + (tl.where(i < full, largest, smallest),)
-        high = high + (tl.where(i < full, smallest, largest),)
+        low = low + (tl.where(i < full, largest, smallest),)  # noqa: RUF005
+        high = high + (tl.where(i < full, smallest, largest),)  # noqa: RUF005
     total = tl.zeros([E], S)
     before = 0  # active rows
     for first in range(0, num_rows, G):
@@ -132,10 +132,10 @@ def trimmed_mean_chunks(
     G: tl.constexpr,
     E: tl.constexpr,
 ):
-    """One chunk of one tensor. Its pointers: the rows and the result. ``active`` uint8 [num_rows], not read where ``all_active``.
+    """One chunk of one tensor. Its pointers: the rows and the result.
 
-    out = 1 / (K - 2 b) sum_{r = b}^{K - b - 1} g_(r) of K active rows in the order of their values, b the lesser of ``trim`` and
-    (K - 1) / 2.
+    out = 1 / (K - 2 b) sum_{r = b}^{K - b - 1} g_(r) of K active rows in the order of their values, b being ``trim`` or less,
+    (K - 1) / 2 at most. ``active`` uint8 [num_rows], not read where ``all_active``.
     """
     S: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
     pointers, begin, count, _, _ = find_chunk(table, num_tensors, num_rows + 1)
