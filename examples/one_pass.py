@@ -108,8 +108,8 @@ def report(tables: dict[str, list[list[str]]], times: list[list[str]], options: 
         f"Written by `python examples/one_pass.py{' --quick' if options.quick else ''}`: {options.seeds} seeds of "
         f"{options.steps} batches of {BATCH} rows, Adam at {LEARNING_RATE}, mean ± standard deviation over the seeds. Each "
         "seed has its own split, initial weights and batches, the same in both modes; nothing was tuned. Delta m: mean "
-        "relative change of the tasks' errors from the exact mode's of the same seed, lower is better. Change of a weight: mean "
-        "|w_t - w_(t-1)| over the steps and tasks, in percent of the mean |w_t|."
+        "relative change of the tasks' errors from the exact mode's of the same seed, lower is better. Change of a weight: "
+        "mean |w_t - w_(t-1)| over the steps and tasks, in percent of the mean |w_t|."
     )
     read = (
         f"CPU time of one thread for {options.elements:,} float32 gradient elements in all, interleaved, medians of "
