@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import elementwise, finish, flat, gradient_dropout, memory  # noqa: F401  they define ops that are asked for below
+from . import elementwise, finish, flat, gradient_dropout, gram_combine, memory  # noqa: F401  they define ops asked for below
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
@@ -24,6 +24,7 @@ TRITON_OPS = (
     "paired_gram",
     "combine",
     "combine_",
+    "gram_combine_",
     "combine_channels",
     "combine_channels_",
     "mix",

@@ -45,6 +45,7 @@ BELOW_BAR = [
     (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
     (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
+    (r"gram_combine_chunks<(.*,3|BFloat16,4)>", "B200", FEW_WARPS),
     (r"graddrop<((BFloat16|__half),[12]|.*,64)>", "B200", FEW_WARPS),
     (r"memory_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
     (r"trimmed_mean<.*,64,8>", "H100 H200 B200", EXCHANGES),
@@ -63,6 +64,7 @@ RANDOM_WORDS = "ten rounds of Philox for every four elements, and few bytes of t
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
     ("cross_gram", "B200", 1.5, PADDED_ROWS),
+    ("gram_combine_", "B200", 1.5, PADDED_ROWS),
     ("gram per channel", "A100 H100", 2.8, AGAIN),
     ("gram per channel", "H200", 3.7, AGAIN),
     ("gram per channel", "B200", 5.5, AGAIN),

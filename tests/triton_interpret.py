@@ -22,6 +22,7 @@ from test_memory_ops import check, factors_of
 import mtlkernels as mtl
 from mtlkernels import dispatch
 from mtlkernels.elementwise import graddrop, trimmed_mean
+from mtlkernels.gram_combine import gram_combine_
 
 SHAPES = [(300,), (3, 5), (), (2, 0)]
 
@@ -98,6 +99,17 @@ def test_memories(num_tasks, squares):
     grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
     check(grads, factors_of(num_tasks), squares)
     check(grads, factors_of(num_tasks), squares, out=list(grads[0]))
+
+
+@pytest.mark.parametrize("num_tasks", [1, 5])
+def test_gram_and_combination(num_tasks):
+    grads = random_gradients(num_tasks, SHAPES)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    weights = torch.linspace(-1, 2, num_tasks, dtype=torch.float64)
+    expected, gram = expected_combine(grads, weights), mtl.gram(grads)
+    assert torch.equal(gram_combine_(grads[0], grads, weights), gram)
+    assert_combined(grads[0], grads, weights, expected=expected)
+    assert (gram_combine_([None], [[None]] * 2, torch.ones(2)) == 0).all()
 
 
 def test_mixed_dtypes():

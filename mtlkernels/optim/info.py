@@ -21,8 +21,9 @@ class StepInfo:
             none last. Not finite in the row and column of a task whose gradient was not. None between two updates of the
             weights (``update_every``) and with an element-wise method and ``on_nonfinite="skip"``, where nobody has computed
             it; so are ``cosine`` and ``conflicts``. With ``representation`` or ``gram_losses`` of what they say.
-        weights: float64 [K], or [M, K] as the Gram, before clipping: those of this update, whether computed for it or held; 0
-            for a task that was absent or dropped. NaN [K] with an element-wise method, which has none.
+        weights: float64 [K], or [M, K] as the Gram, before clipping: those of this update, whether computed for it or held;
+            with ``weights_from="previous"`` those of an earlier Gram. 0 for a task that was absent or dropped. NaN [K] with an
+            element-wise method, which has none.
         active: bool [K], the tasks that were present and not dropped.
         skipped: bool scalar, whether the update had to be skipped because it was not finite.
         host_reads: how many times this layer read the device, in ``backward`` and the ``step`` that followed.

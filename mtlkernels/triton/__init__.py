@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
+from . import combine, graddrop, gradient_dropout, gram, gram_combine, memory, perturb, priority, trimmed_mean
 
 OPS = {
     "gram": gram.gram,
@@ -16,6 +16,7 @@ OPS = {
     "paired_gram": gram.paired_gram,
     "combine": combine.combine,
     "combine_": combine.combine_,
+    "gram_combine_": gram_combine.gram_combine_,
     "combine_channels": combine.combine_channels,
     "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
