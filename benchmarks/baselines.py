@@ -102,7 +102,7 @@ def aggregate(grads: Rows, out: list[Tensor]) -> Calls:
 
 
 def as_libmtl(grads: Rows, out: list[Tensor]) -> None:
-    """Rows copied tensor by tensor into a flat matrix, a projected copy of it, a host read for each pair, slices copied back."""
+    """Rows copied tensor by tensor into a flat matrix, a projected copy of it, a host read a pair, slices copied back."""
     sizes = [t.numel() for t in grads[0]]
     flat = grads[0][0].new_zeros(len(grads), sum(sizes))
     for row, own in zip(grads, flat, strict=True):

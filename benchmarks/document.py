@@ -29,10 +29,10 @@ mtlkernels {commit}, {time}, load {load:.1f} when it began. Every figure is in `
 All calls of an op take turns. *reads* is the median over the rounds of a call's time over that of the fastest read of the same
 gradients in the same round: torch's `sum` and `amax` over every tensor, and a plain loop over their memory. *best other* is the
 same over the fastest of the other calls. *moved* counts the bytes of all ops' inputs and outputs, in units of the gradients'
-(a compiled call's are those it cannot do without); *of bandwidth* is that over the time, as a share of the read's bytes a second.
-*launches* are ops that touch elements, *host reads* the values that the host waits for, *peak* the memory allocated on the way,
-in units of the gradients'. *flat* calls start from one [K, P] matrix, which is made for free. On one thread times are the
-thread's own; on two they are the clock's, and mean something on an idle machine only.
+(a compiled call's are those it cannot do without); *of bandwidth* is that over the time, as a share of the read's bytes a
+second. *launches* are ops that touch elements, *host reads* the values that the host waits for, *peak* the memory allocated on
+the way, in units of the gradients'. *flat* calls start from one [K, P] matrix, which is made for free. On one thread times are
+the thread's own; on two they are the clock's, and mean something on an idle machine only.
 """
 
 
@@ -48,9 +48,11 @@ def write(record: dict[str, Any], points: Sequence[Point], tables: Sequence[str]
     DOCUMENT.write_text(text)
 
 
-ROOFLINE = """A Gram of K tasks does (K + 1) / 4 operations a byte of float32, a combination about a half. Below the ridge, memory bounds an op,
-and the distance to the roof is what its reads and writes do not overlap. Past it products would bound the Gram; it stays below
-that roof because sums of eight products are carried on in float64 (see csrc/cpu/gram.cpp), which costs more than the products.
+ROOFLINE = """\
+A Gram of K tasks does (K + 1) / 4 operations a byte of float32, a combination about a half. Below the ridge, memory
+bounds an op, and the distance to the roof is what its arithmetic and its reads do not overlap. Past it products would bound
+the Gram. It stays below that roof because a float32 sum ends after eight products and goes on in float64, for accuracy
+(csrc/cpu/gram.cpp): adding up the lanes of all those sums is work that the roof does not count.
 """
 
 
@@ -104,9 +106,9 @@ def explain_scaling(points: Sequence[Point]) -> str:
     cached = min(line, key=lambda p: (p.seconds - first.seconds) / p.elements if p.elements >= 100_000 else float("inf"))
     paragraphs.append(
         f"**Elements.** A call of `aggregate` costs {1e6 * first.seconds:.0f} us on {first.elements:,} elements in "
-        f"{first.tensors} tensors: checks, handing over {first.tasks * first.tensors} tensors, and the K x K work. Elements cost "
-        f"as much from {first.seconds / rate:,.0f} on; below, cost does not depend on them. Up to {cached.elements:,} elements "
-        f"({cached.size / 1e6:.0f} MB) the gradients of all calls stay in the caches, and one element costs "
+        f"{first.tensors} tensors: checks, handing over {first.tasks * first.tensors} tensors, and the K x K work. Elements "
+        f"cost as much from {first.seconds / rate:,.0f} on; below, cost does not depend on them. Up to {cached.elements:,} "
+        f"elements ({cached.size / 1e6:.0f} MB) the gradients of all calls stay in the caches, and one element costs "
         f"{(cached.seconds - first.seconds) / cached.elements / rate:.2f} times what it costs in memory. From there on cost is "
         f"linear: {1e9 * rate:.2f} ns an element and call at {last.elements:,}, the largest measured. The dotted lines to 10^9 "
         "are counted: the cost of the smallest call, and bytes at the rate of the largest."
@@ -117,17 +119,15 @@ def explain_scaling(points: Sequence[Point]) -> str:
         line = ", ".join(f"{p.x}: {p.reads:.2f}" for p in own)
         paragraphs.append(f"**Tasks**, `{op}` in reads by K: {line}." + TASKS[op])
 
-    few, many = (
-        by["tensors", "aggregate", 1],
-        max((p for p in points if p.varied == "tensors" and p.op == "aggregate"), key=lambda p: p.x),
-    )
+    few = by["tensors", "aggregate", 1]
+    many = max((p for p in points if p.varied == "tensors" and p.op == "aggregate"), key=lambda p: p.x)
     own = (many.seconds - few.seconds) / (many.tensors - few.tensors)
     equal = few.seconds / own
     paragraphs.append(
         f"**Tensors.** Each tensor of K = {MIDDLE['tasks']} tasks adds {1e6 * own:.2f} us to `aggregate`: Python's lists, the "
         f"dispatcher's and ours of pointers and sizes, once for the Gram and once for the combination. {MIDDLE['elements']:,} "
-        f"elements cost {1e3 * few.seconds:.2f} ms in one tensor, as much as {equal:,.0f} tensors do; with more, that is what a "
-        "call costs, and it is linear in them."
+        f"elements cost {1e3 * few.seconds:.2f} ms in one tensor, as much as {equal:,.0f} tensors do; with more, that is what "
+        "a call costs, and it is linear in them."
     )
     return "\n\n".join(paragraphs) + "\n"
 

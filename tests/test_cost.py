@@ -1,8 +1,8 @@
 """What the CPU kernels cost, counted by valgrind: instructions an element and task.
 
 Counts do not depend on what else the machine does, so this cannot flake, and it runs without torch in seconds. The bounds are
-1.5 times what GCC 12 makes of the sources for AVX2, which is what valgrind knows: another compiler passes; a lost vector path, a
-loop that is no longer unrolled, or a second pass does not. ``python tests/test_cost.py`` prints the counts.
+1.5 times what GCC 12 makes of the sources for AVX2, which is what valgrind knows: another compiler passes; a lost vector path
+or a second pass does not. ``python tests/test_cost.py`` prints the counts.
 """
 
 import subprocess
