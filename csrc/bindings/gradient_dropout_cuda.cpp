@@ -13,11 +13,10 @@ void run(const TensorList& grads, const Dropout& dropout, std::vector<Tensor>& o
   dropout.check(columns);
   const auto* p = static_cast<const double*>(dropout.p.const_data_ptr());
   const auto* seed = static_cast<const int64_t*>(dropout.seed.const_data_ptr());
-  launch_flat(
-      columns, grads, 1, true, out, [&](int64_t n) { return dropout.places[n]; },
-      [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
-        return cuda::gradient_dropout(dtype, tensors, dropout.gaussian, p, seed, stream);
-      });
+  launch_flat(columns, grads, 1, true, out, dropout.places,
+              [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
+                return cuda::gradient_dropout(dtype, tensors, dropout.gaussian, p, seed, stream);
+              });
 }
 
 std::vector<Tensor> gradient_dropout_cuda(std::vector<Tensor> grads, Tensor p, std::string mode, Tensor seed,

@@ -32,13 +32,14 @@ Tensor run(const TensorList& grads, const Tensor& weights, std::vector<Tensor>& 
   const Tensor partials = new_matrix(weights, blocks, num_pairs(gram_class(int(num_tasks))));
   double* sums = static_cast<double*>(partials.mutable_data_ptr());
   int32_t first_block = 0;
-  launch_flat(
-      columns, grads, num_tasks, false, out, [&](int64_t) { return reinterpret_cast<int64_t>(table.const_data_ptr()); },
-      [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
-        const char* error = cuda::gram_combine_chunks(dtype, tensors, int(num_tasks), first_block, sums, stream);
-        for (const PlannedTensor& tensor : tensors) first_block += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
-        return error;
-      });
+  const std::vector<int64_t> weights_of(columns.size(), reinterpret_cast<int64_t>(table.const_data_ptr()));
+  launch_flat(columns, grads, num_tasks, false, out, weights_of,
+              [&](DType dtype, const std::vector<PlannedTensor>& tensors, cuda::Stream stream) {
+                const char* error = cuda::gram_combine_chunks(dtype, tensors, int(num_tasks), first_block, sums, stream);
+                for (const PlannedTensor& tensor : tensors)
+                  first_block += int32_t((tensor.numel + kDeviceChunk - 1) / kDeviceChunk);
+                return error;
+              });
   const char* error = cuda::gram_finish({{0, 0, int32_t(blocks)}}, int(num_tasks), 0, sums,
                                         static_cast<double*>(gram.mutable_data_ptr()), current_stream(columns.device_index()));
   require(!error, error);
