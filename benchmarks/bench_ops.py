@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.gram_combine import gram_combine_
 
 Rows = list[list[Tensor]]
 
@@ -29,6 +30,15 @@ def bench_gram(measure, grads: Rows) -> None:
 def bench_combine(measure, grads: Rows, buffers: list[Tensor]) -> None:
     weights = torch.rand(len(grads), dtype=torch.float64)
     measure("combine, existing buffers", lambda: mtl.combine(grads, weights, out=buffers))
+
+
+def bench_gram_combine(measure, grads: Rows, buffers: list[Tensor]) -> None:
+    weights = torch.rand(len(grads), dtype=torch.float64)
+    measure("gram_combine_, existing buffers", lambda: gram_combine_(buffers, grads, weights))
+
+
+def bench_write(measure, buffers: list[Tensor]) -> None:
+    measure("write: fill", lambda: [t.fill_(1.0) for t in buffers])
 
 
 def bench_combine_per_channel(measure, grads: Rows, buffers: list[Tensor]) -> None:
