@@ -25,6 +25,7 @@ from torch import Tensor
 
 import mtlkernels as mtl
 from mtlkernels.elementwise import graddrop, trimmed_mean
+from mtlkernels.gram_combine import gram_combine_
 from mtlkernels.memory import memory_combine_
 from mtlkernels.weightings import CROSS, MEMORY
 
@@ -159,6 +160,19 @@ def test_perturb(kernels, device, dtype, adaptive):
     assert_perturbed(home(moved), params, expected, dtype)
     mtl.restore_(moved, originals)
     assert all(torch.equal(m.cpu(), p) for m, p in zip(moved, params, strict=True))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_gram_combine(kernels, device, num_tasks, dtype, scale, in_place):
+    grads = random_gradients(num_tasks, SHAPES, dtype, scale=1.0 if dtype == torch.float16 else scale)
+    weights, moved = torch.randn(num_tasks, dtype=torch.float64), onto(device, grads)
+    gram = mtl.gram(moved)
+    out = moved[0] if in_place else [torch.full_like(t, math.nan) for t in moved[0]]
+    assert torch.equal(gram_combine_(out, moved, weights.to(device)), gram)
+    assert_combined(home(out), grads, weights)
 
 
 @pytest.mark.parametrize("squares", [False, True])
