@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import mtlkernels as mtl
 from mtlkernels.dispatch import use_backend
+from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.memory import memory_combine_, memory_dtype
 
 pytestmark = requires_nvcc
@@ -212,6 +213,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "paired_gram",  # test_cuda_flat.py
         "perturb_",
         "memory_combine_",  # test_cuda_memory.py
+        "combine_sgd_",  # test_cuda_finish.py
+        "combine_adam_",
         "graddrop",  # test_graddrop.py and test_cuda_graddrop.py
         "graddrop_",
         *(name.split(",")[0] for name in OF_GRAMS),
@@ -225,6 +228,13 @@ def move(grads: list[list[Tensor]]) -> None:
     out = [torch.empty_like(t) for t in grads[0]]
     memory = [[torch.zeros_like(t, dtype=memory_dtype(t.dtype)) for t in row] for row in grads]
     memory_combine_(out, memory, grads, torch.ones(3, len(grads), dtype=torch.float64))
+
+
+def finish(grads: list[list[Tensor]]) -> None:
+    params, (first, second) = [t.clone() for t in grads[0]], ([torch.zeros_like(t) for t in grads[0]] for _ in range(2))
+    weights, lr = random_weights(len(grads)), torch.tensor(0.1, dtype=torch.float64)
+    combine_sgd_(params, first, grads, weights, lr, momentum=0.9)
+    combine_adam_(params, first, second, [], [torch.ones(()) for _ in params], grads, weights, lr)
 
 
 def test_every_kernel_is_launched_by_an_op():
@@ -242,6 +252,7 @@ def test_every_kernel_is_launched_by_an_op():
                     mtl.flat_gram(grads, grads)
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
                 move(grads)
+                finish(grads)
                 mtl.aggregate(grads, "graddrop")
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
@@ -364,12 +375,16 @@ FAILING = {
     "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
     "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "memory_combine_": lambda grads: move(grads),
+    "combine_sgd_ and combine_adam_": lambda grads: finish(grads),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }
 
 
-@pytest.mark.parametrize(("call", "number"), [("gram", 1), ("connection_strength", 1), *((call, 0) for call in FAILING)])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("gram", 1), ("connection_strength", 1), ("combine_sgd_ and combine_adam_", 1), *((call, 0) for call in FAILING)],
+)
 def test_a_launch_that_fails_raises_what_cuda_says(call, number):
     grads = random_gradients(3, [(5,), (9,)])
     with simulated_cuda(fail=(number, LAUNCH_OUT_OF_RESOURCES)) as device:
