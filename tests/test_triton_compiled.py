@@ -14,7 +14,7 @@ from triton_device import signature
 
 from mtlkernels import _library
 from mtlkernels.memory import memory_dtype
-from mtlkernels.triton import combine, graddrop, gram, launch, memory, perturb, priority, targets
+from mtlkernels.triton import combine, finish, graddrop, gram, launch, memory, perturb, priority, targets
 
 ALL = [(target, gpu) for target in targets.targets() for gpu in targets.GPUS]
 SHARD = 8
@@ -42,6 +42,8 @@ def max_registers(target: targets.Target) -> int:
         return 160
     if target.kernel is graddrop.graddrop_chunks:  # 16 bytes of 16 bits are eight elements, each with four sums and a word
         return 160 if target.dtype.itemsize >= 4 else 240
+    if target.kernel is finish.finish_chunks:  # beside the gradients, up to four rows of float32 that move
+        return 255
     if target.num_rows <= 4:
         return 128
     return 255 if (target.num_rows, target.dtype) == (64, torch.float32) else 216
@@ -104,6 +106,10 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     launches += graddrop.plan(columns, [torch.empty_like(c[0]) for c in columns], drop)
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
+    ones, lr = torch.ones(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    for moved, steps in (2, []), (3, [torch.ones(())] * 2):
+        states = [[torch.empty_like(c[0]) for _ in range(moved)] for c in columns]
+        launches += finish.plan(columns, states, steps, ones, lr, None, [0.0] * 6, 0)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import combine, graddrop, gram, memory, perturb, priority
+from . import combine, finish, graddrop, gram, memory, perturb, priority
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -49,6 +49,8 @@ class Target(NamedTuple):
             return perturb.meta(self.dtype, chip)
         if self.kernel is graddrop.graddrop_chunks:
             return graddrop.meta(self.num_rows, self.dtype, chip)
+        if self.kernel is finish.finish_chunks:
+            return finish.meta(self.num_rows, self.dtype, self.variant == "adam", chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
@@ -62,6 +64,8 @@ def targets() -> Iterator[Target]:
         for num_rows in combine.CLASSES:
             for variant in ("combine", "combine channels", "mix"):
                 yield Target(combine.combine_chunks, num_rows, dtype, variant)
+            for variant in ("sgd", "adam"):
+                yield Target(finish.finish_chunks, num_rows, dtype, variant)
         for num_rows in gram.CLASSES:
             for variant in ("chunks", "channels", "difference", "product"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
@@ -91,6 +95,10 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is combine.combine_chunks:
         pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_results"]
+    elif target.kernel is finish.finish_chunks:
+        narrow = "*fp64" if target.dtype == torch.float64 else "*fp32"
+        pointers = {"table": "*i64", "scalars": "*i64", "narrow": narrow, "wide": "*fp64", "lr": "*fp64", "skip": "*u8"}
+        numbers = ["num_tensors", "num_rows", "flags"]
     elif target.kernel is perturb.perturb_chunks:
         pointers = {"table": "*i64", "radii": "*fp64"}
         numbers = ["num_tensors", "adaptive"]
