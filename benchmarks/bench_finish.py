@@ -1,4 +1,4 @@
-"""The fused finish on ResNet-50's shapes, against a combination and a step of torch's fused optimizer, and in units of one read.
+"""The fused finish on ResNet-50's shapes, against a combination and a step of torch's fused optimizer.
 
 make bench ARGS="-k finish --tasks 3 --dtypes float32"
 

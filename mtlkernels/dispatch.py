@@ -28,6 +28,8 @@ TRITON_OPS = (
     "combine_channels",
     "combine_channels_",
     "mix",
+    "combine_sgd_",
+    "combine_adam_",
     "perturb_",
     "memory_combine_",
     "combine_sgd_",

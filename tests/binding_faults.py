@@ -4,11 +4,14 @@ from functools import cache
 
 from simulated import Library, library
 
-ADAPTIVE, MEMORY, GRAM = (f"bindings/{name}_cuda.cpp" for name in ("perturb", "memory", "gram"))
+ADAPTIVE, MEMORY, GRAM, FINISH = (f"bindings/{name}_cuda.cpp" for name in ("perturb", "memory", "gram", "finish"))
 FAULTS = [
     (ADAPTIVE, r"values \+ n", 'values + (fault("radius of the first") ? 0 : n)'),
-    *((binding, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);') for binding in (ADAPTIVE, MEMORY)),
-    *((binding, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});') for binding in (ADAPTIVE, MEMORY)),
+    *((binding, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);') for binding in (ADAPTIVE, MEMORY, FINISH)),
+    *((binding, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});') for binding in (ADAPTIVE, MEMORY, FINISH)),
+    (FINISH, r"copy_\(place, ", 'copy_(fault("finish aside stays") ? place = torch::stable::empty_like(place) : place, '),
+    (FINISH, r"weight_row\(n\)", 'weight_row(fault("row of weights") ? 0 : n)'),
+    (FINISH, r"if \(!steps\.empty\(\)\)", 'if (!steps.empty() && !fault("no step"))'),
     (MEMORY, r"copy_\(memory, ", 'copy_(fault("memory aside stays") ? memory = torch::stable::empty_like(memory) : memory, '),
     (GRAM, r"grads\.form == PairForm::none", 'grads.form == PairForm::none || fault("as they are")'),
     (GRAM, r"in_pairs\(grads, other", 'in_pairs(fault("wrong way round") ? other : grads, other'),

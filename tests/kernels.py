@@ -19,6 +19,7 @@ from simulated import Launch, library, simulated_cuda
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.gram_combine import gram_combine_
 from mtlkernels.memory import memory_combine_, memory_dtype
 
@@ -194,6 +195,27 @@ def _trimmed_mean(num_tasks: int, dtype: torch.dtype, trim: int) -> Call:
     return Call(lambda: torch.ops.mtlkernels.trimmed_mean_(out, flat, num_tasks, trim, None), [*flat, *out], CHUNK)
 
 
+def _combine_sgd(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, (param, momentum) = _gradients(num_tasks, dtype), (row[0] for row in _gradients(2, dtype))
+    weights, lr = torch.rand(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+
+    def call() -> object:
+        return combine_sgd_([param], [momentum], grads, weights, lr, momentum=0.9)
+
+    return Call(call, [*(row[0] for row in grads), param, momentum], CHUNK)
+
+
+def _combine_adam(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, (param, first, second) = _gradients(num_tasks, dtype), (row[0] for row in _gradients(3, dtype))
+    weights, lr = torch.rand(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+
+    def call() -> object:
+        states = [param], [first], [second.abs_()], []
+        return combine_adam_(*states, [torch.tensor(3.0)], grads, weights, lr, weight_decay=0.1, decoupled=True)
+
+    return Call(call, [*(row[0] for row in grads), param, first, second], CHUNK)
+
+
 def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     grads, out = _gradients(num_tasks, dtype), [torch.empty(CHUNK, dtype=dtype)]
     memory = [[t.to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
@@ -220,6 +242,8 @@ OPS = {
     "trimmed_mean, trim 3": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 3),
     "trimmed_mean, median": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, num_tasks),
     "memory_combine_": _memory_combine,
+    "combine_sgd_": _combine_sgd,
+    "combine_adam_": _combine_adam,
 }
 """Op on gradients -> its representative call."""
 

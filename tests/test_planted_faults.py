@@ -13,6 +13,7 @@ import ptxsim
 import pytest
 import sass
 import test_cuda_combine
+import test_cuda_finish
 import test_cuda_flat
 import test_cuda_gradient_dropout
 import test_cuda_gram
@@ -217,6 +218,34 @@ def test_fused_multiply_adds_give_other_bits():
     assert kernels.setup_script()["FLAGS"]["csrc/cuda/gradient_dropout.cu"] == list(test_cuda_gradient_dropout.FLAGS)
     with pytest.raises(AssertionError):
         test_cuda_gradient_dropout.run_kernel(flags=())
+
+
+FINISH_FAULTS = {
+    "no barrier before the rule": ("finish.cuh", "  __syncthreads();\n  const Rule rule", "  const Rule rule"),
+    "a dropped tail": (
+        "finish.cuh",
+        "e < end; e += kFinishThreads) {\n    Sum<T> sum",
+        "e < 0; e += kFinishThreads) {\n    Sum<T> sum",
+    ),
+    "a tail out of bounds": (
+        "finish.cuh",
+        "e < end; e += kFinishThreads) {\n    Sum<T> sum",
+        "e <= end; e += kFinishThreads) {\n    Sum<T> sum",
+    ),
+    "another state": ("finish.cuh", "from.num_rows + 1 + r", "from.num_rows + 1 + (r == 1 ? 2 : r)"),
+    "a state that stays": ("finish.cuh", "if (rule.writes(r)) store_packed", "if (r != 2) store_packed"),
+    "no gradient": ("finish.cuh", "move<Math>(sums[0][lane], values)", "move<Math>(Sum<T>(0), values)"),
+    "no bias correction": ("../common/finish.h", "pow(options.beta1, step)", "pow(options.beta1, 100.0)"),
+    "no decay": ("../common/finish.h", "1 - lr * options.weight_decay : 1", "1 : 1"),
+}
+
+
+@pytest.mark.parametrize("fault", FINISH_FAULTS)
+def test_faults_of_the_finish(plant, fault):
+    file, old, new = FINISH_FAULTS[fault]
+    plant(f"cuda/{file}", (old, new))
+    with pytest.raises((SimError, AssertionError)):
+        test_cuda_finish.run_kernel()
 
 
 # --- indices ------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 import mtlkernels as mtl
 from mtlkernels.dispatch import use_backend
+from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.gram_combine import gram_combine_
 from mtlkernels.memory import memory_combine_, memory_dtype
 
@@ -214,6 +215,8 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "paired_gram",  # test_cuda_flat.py
         "perturb_",
         "memory_combine_",  # test_cuda_memory.py
+        "combine_sgd_",  # test_cuda_finish.py
+        "combine_adam_",
         "graddrop",  # test_graddrop.py and test_cuda_graddrop.py
         "graddrop_",
         "gradient_dropout",  # test_gradient_dropout.py and test_cuda_gradient_dropout.py
@@ -233,6 +236,13 @@ def move(grads: list[list[Tensor]]) -> None:
     memory_combine_(out, memory, grads, torch.ones(3, len(grads), dtype=torch.float64))
 
 
+def finish(grads: list[list[Tensor]]) -> None:
+    params, (first, second) = [t.clone() for t in grads[0]], ([torch.zeros_like(t) for t in grads[0]] for _ in range(2))
+    weights, lr = random_weights(len(grads)), torch.tensor(0.1, dtype=torch.float64)
+    combine_sgd_(params, first, grads, weights, lr, momentum=0.9)
+    combine_adam_(params, first, second, [], [torch.ones(()) for _ in params], grads, weights, lr)
+
+
 def test_every_kernel_is_launched_by_an_op():
     with simulated_cuda() as device:
         for dtype in DTYPES:
@@ -249,11 +259,12 @@ def test_every_kernel_is_launched_by_an_op():
                     mtl.flat_gram(grads, grads)
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
                 move(grads)
+                finish(grads)
                 mtl.aggregate(grads, "graddrop")
-            for mode in ("gaussian", "bernoulli"):
-                mtl.gradient_dropout(grads[0], 0.1, mode)
                 for trim in {min(trim, (num_tasks - 1) // 2) for trim in (1, 3, 8, 31)}:
                     mtl.TrimmedMean(trim)(grads)
+            for mode in ("gaussian", "bernoulli"):
+                mtl.gradient_dropout(grads[0], 0.1, mode)
             mtl.connection_strength(grads[0], [torch.ones(2, 2, dtype=dtype)], [torch.ones(2, 2, dtype=dtype)])
         for op in OF_GRAMS.values():
             op(gram)
@@ -379,12 +390,16 @@ FAILING = {
     "gradient_dropout": lambda grads: mtl.gradient_dropout(grads[0]),
     "graddrop": lambda grads: mtl.aggregate(grads, "graddrop"),
     "trimmed_mean": lambda grads: mtl.aggregate(grads, "trimmed_mean"),
+    "combine_sgd_ and combine_adam_": lambda grads: finish(grads),
     "cosine": lambda grads: mtl.cosine(torch.eye(3, dtype=torch.float64)),
     "mgda_weights": lambda grads: mtl.MGDA()(torch.eye(3, dtype=torch.float64)),
 }
 
 
-@pytest.mark.parametrize(("call", "number"), [("gram", 1), ("connection_strength", 1), *((call, 0) for call in FAILING)])
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [("gram", 1), ("connection_strength", 1), ("combine_sgd_ and combine_adam_", 1), *((call, 0) for call in FAILING)],
+)
 def test_a_launch_that_fails_raises_what_cuda_says(call, number):
     grads = random_gradients(3, [(5,), (9,)])
     with simulated_cuda(fail=(number, LAUNCH_OUT_OF_RESOURCES)) as device:

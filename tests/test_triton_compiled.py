@@ -17,6 +17,7 @@ from mtlkernels.gradient_dropout import MODES
 from mtlkernels.memory import memory_dtype
 from mtlkernels.triton import (
     combine,
+    finish,
     graddrop,
     gradient_dropout,
     gram,
@@ -56,6 +57,8 @@ def max_registers(target: targets.Target) -> int:
         return 160 if target.dtype.itemsize >= 4 else 240
     if target.kernel is trimmed_mean.trimmed_mean_chunks:  # what is kept of 16 bytes on both sides, which exchanges bound
         return 160 if target.variant == "trim 1" else 255
+    if target.kernel is finish.finish_chunks:  # beside the gradients, up to four rows of float32 that move
+        return 255
     if target.num_rows <= 4:
         return 128
     return 255 if (target.num_rows, target.dtype) == (64, torch.float32) else 216
@@ -130,6 +133,10 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
         launches += trimmed_mean.plan(columns, [torch.empty_like(c[0]) for c in columns], num_tasks, trim, None)
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
+    ones, lr = torch.ones(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    for moved, steps in (2, []), (3, [torch.ones(())] * 2):
+        states = [[torch.empty_like(c[0]) for _ in range(moved)] for c in columns]
+        launches += finish.plan(columns, states, steps, ones, lr, None, [0.0] * 6, 0)
     for own in launches:
         assert key(own.kernel, signature(own), own.constants, own.options) in listed
 

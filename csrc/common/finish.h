@@ -29,7 +29,7 @@ struct SgdRule {
   static constexpr int kRows = 2;
 
   S down, momentum, undamped, decay;
-  bool has_momentum, nesterov, maximize, first;
+  int has_momentum, nesterov, maximize, first;  // as wide as S or half of it: a copy through memory reads no padding
 
   MTL_HOST_DEVICE SgdRule(const SgdOptions& options, double lr, double)
       : down(S(-lr)),
@@ -63,7 +63,7 @@ struct AdamRule {
   static constexpr int kRows = 4;
 
   S shrink, decay, weight, beta2, weight2, root, eps, down;
-  bool amsgrad, maximize;
+  int amsgrad, maximize;
 
   MTL_HOST_DEVICE AdamRule(const AdamOptions& options, double lr, double step)
       : shrink(S(options.decoupled ? 1 - lr * options.weight_decay : 1)),

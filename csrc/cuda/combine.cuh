@@ -25,6 +25,8 @@ struct CombineArguments {
       : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 2), weights(of_tensor()) {}
   __device__ CombineArguments(const TensorTable& table, int tensor, int64_t channel)
       : pointers(table.pointers(tensor)), num_rows(table.num_pointers - 3), weights(of_tensor() + channel * num_rows) {}
+  __device__ CombineArguments(void* const* pointers, int num_rows)
+      : pointers(pointers), num_rows(num_rows), weights(of_tensor()) {}
   __device__ const double* of_tensor() const { return static_cast<const double*>(pointers[num_rows + 1]); }
   __device__ int64_t channel_size() const { return reinterpret_cast<int64_t>(pointers[num_rows + 2]); }
   __device__ double weight(int k) const { return k < num_rows ? weights[k] : 0.0; }

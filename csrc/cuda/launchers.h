@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../common/finish.h"
 #include "../common/gram_plan.h"
 #include "../common/kxk_plan.h"
 #include "../common/memory_plan.h"
@@ -24,6 +25,15 @@ const char* combine(DType dtype, const std::vector<PlannedTensor>& tensors, int 
 /// The same with weights for each channel. A tensor's weights are [channels, num_rows], its last pointer is the elements of a
 /// channel as an integer, and its size its number of channels.
 const char* combine_channels(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, Stream stream);
+
+/// A step of SGD or Adam along sum_k w_k g_k for every tensor; the tensors share a dtype. A tensor's pointers are its
+/// `num_rows` gradients (null where absent), its parameter, its `num_rows` float64 weights on the device, its states (one of
+/// SGD, three of Adam; null where there is none), and its float32 step on the device (null for SGD). `lr` and `skip` (or null)
+/// lie on the device. Otherwise as combine.
+const char* combine_sgd(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, const double* lr,
+                        const bool* skip, const SgdOptions& options, Stream stream);
+const char* combine_adam(DType dtype, const std::vector<PlannedTensor>& tensors, int num_rows, const double* lr,
+                         const bool* skip, const AdamOptions& options, Stream stream);
 
 /// out[m] = sum_k C[m][k] g_k for every tensor; the tensors share a dtype. A tensor's pointers are its `num_rows` gradients
 /// (kMixRows at most; null where absent) and its `num_results` results (kMixResults at most). `coefficients` [num_results,

@@ -8,7 +8,7 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, graddrop, gradient_dropout, gram, gram_combine, memory, perturb, priority, trimmed_mean
+from . import combine, finish, graddrop, gradient_dropout, gram, gram_combine, memory, perturb, priority, trimmed_mean
 
 OPS = {
     "gram": gram.gram,
@@ -20,6 +20,8 @@ OPS = {
     "combine_channels": combine.combine_channels,
     "combine_channels_": combine.combine_channels_,
     "mix": combine.mix,
+    "combine_sgd_": finish.combine_sgd_,
+    "combine_adam_": finish.combine_adam_,
     "perturb_": perturb.perturb_,
     "memory_combine_": memory.memory_combine_,
     "priority_combine": priority.priority_combine,

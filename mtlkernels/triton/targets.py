@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..gradient_dropout import MODES
-from . import combine, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
+from . import combine, finish, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -54,6 +54,8 @@ class Target(NamedTuple):
             return gradient_dropout.meta(self.dtype, self.variant == "gaussian", chip)
         if self.kernel is trimmed_mean.trimmed_mean_chunks:
             return trimmed_mean.meta(int(self.variant.removeprefix("trim ")), self.dtype, chip)
+        if self.kernel is finish.finish_chunks:
+            return finish.meta(self.num_rows, self.dtype, self.variant == "adam", chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
@@ -67,6 +69,8 @@ def targets() -> Iterator[Target]:
         for num_rows in combine.CLASSES:
             for variant in ("combine", "combine channels", "mix"):
                 yield Target(combine.combine_chunks, num_rows, dtype, variant)
+            for variant in ("sgd", "adam"):
+                yield Target(finish.finish_chunks, num_rows, dtype, variant)
         for num_rows in gram.CLASSES:
             for variant in ("chunks", "channels", "difference", "product"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
@@ -100,6 +104,10 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is combine.combine_chunks:
         pointers = {"table": "*i64", "narrow": "*fp64" if target.dtype == torch.float64 else "*fp32", "wide": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_results"]
+    elif target.kernel is finish.finish_chunks:
+        narrow = "*fp64" if target.dtype == torch.float64 else "*fp32"
+        pointers = {"table": "*i64", "scalars": "*i64", "narrow": narrow, "wide": "*fp64", "lr": "*fp64", "skip": "*u8"}
+        numbers = ["num_tensors", "num_rows", "flags"]
     elif target.kernel is perturb.perturb_chunks:
         pointers = {"table": "*i64", "radii": "*fp64"}
         numbers = ["num_tensors", "adaptive"]

@@ -17,6 +17,7 @@ from helpers import (
     random_gradients,
 )
 from test_cross_optimizer import OPTIONS as CROSS_OPTIONS
+from test_finish import FEW, Twin, bounds, names, positive
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from test_graddrop import SEED, leaks
 from test_memory_ops import assert_moved, expected_update, factors_of, memories
@@ -185,6 +186,27 @@ def test_memory_combine(kernels, device, num_tasks, dtype, squares):
     moved, out = onto(device, memory), [torch.full_like(t, math.nan, device=device) for t in grads[0]]
     memory_combine_(out, moved, onto(device, grads), factors.to(device), squares)
     assert_moved(home(out), [home(row) for row in moved], expected, [dtype] * len(SHAPES))
+
+
+@pytest.mark.parametrize(("decoupled", "options"), FEW, ids=names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_finish(kernels, device, num_tasks, dtype, decoupled, options):
+    grads, weights = random_gradients(num_tasks, SHAPES, dtype), positive(num_tasks)
+    twin = Twin(random_gradients(1, SHAPES, dtype, seed=9)[0], decoupled, **options)
+    for _ in range(2):
+        before, wide = twin.copy(torch.Tensor.double), twin.copy(torch.Tensor.double)
+        wide.step([[t.double() for t in row] for row in grads], weights)
+        there = twin.copy(lambda t: t.to(device))
+        there.lr = there.lr.to(device)
+        with torch.device(device):  # where the step counts are made
+            there.step(onto(device, grads), weights.to(device), torch.tensor(False))
+        twin = there.copy(torch.Tensor.cpu)
+        twin.lr = twin.lr.cpu()
+        for actual, expected, bound in zip(
+            twin.tensors(), wide.tensors(), bounds(before, wide, grads, weights, dtype), strict=True
+        ):
+            assert ((actual.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("name", [*MEMORY, *CROSS])
