@@ -18,9 +18,13 @@ constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
 constexpr int64_t kTerms = 8;
 constexpr int64_t kLongestBlock = kTerms * kLanes<float>;
 
-/// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b.
+/// Rows past which the processor does not fetch a block of each ahead by itself.
+constexpr int kRowsFetched = 8;
+
+/// out[r][c] = <a_r, b_c> over `count` elements. `Triangle` computes c >= r only, with a == b; `fetch` asks for the block of a
+/// that follows meanwhile.
 template <typename T, int R, int C, bool Triangle>
-void tile(const T* const* a, const T* const* b, int64_t count, double* out, int64_t out_stride) {
+void tile(const T* const* a, const T* const* b, int64_t count, bool fetch, double* out, int64_t out_stride) {
   constexpr int unroll = R * C <= 4 ? 4 : 1;  // enough independent sums to hide the latency of an addition
   constexpr int step = kLanes<T> * unroll;
   Vector<T> sums[R][C][unroll] = {};
@@ -31,6 +35,9 @@ void tile(const T* const* a, const T* const* b, int64_t count, double* out, int6
       Vector<T> left[R], right[C];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) left[r] = load<Vector<T>>(a[r] + e + u * kLanes<T>);
+      if (Triangle && fetch)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) __builtin_prefetch(a[r] + e + u * kLanes<T> + count);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) right[c] = Triangle ? left[c < R ? c : 0] : load<Vector<T>>(b[c] + e + u * kLanes<T>);
 #pragma GCC unroll 4
@@ -56,7 +63,7 @@ void tile(const T* const* a, const T* const* b, int64_t count, double* out, int6
 }
 
 template <typename T>
-using Tile = void (*)(const T* const*, const T* const*, int64_t, double*, int64_t);
+using Tile = void (*)(const T* const*, const T* const*, int64_t, bool, double*, int64_t);
 
 template <typename T, int R>
 Tile<T> rectangle(int columns) {
@@ -88,7 +95,8 @@ void block_products(const T* const* left, int num_left, const T* const* right, i
     const int rows = num_left - i < height ? num_left - i : height;
     for (int j = symmetric ? i : 0; j < num_right; j += height) {
       const int columns = num_right - j < height ? num_right - j : height;
-      pick_tile<T>(rows, columns, symmetric && i == j)(left + i, right + j, count, products + i * num_right + j, num_right);
+      const Tile<T> run = pick_tile<T>(rows, columns, symmetric && i == j);
+      run(left + i, right + j, count, num_left > kRowsFetched, products + i * num_right + j, num_right);
     }
   }
 }
@@ -204,7 +212,7 @@ class Gram {
         if (symmetric_) {
           square = products_[i * right + i];
         } else {
-          tile<T, 1, 1, true>(rows + i, rows + i, count, &square, 1);
+          tile<T, 1, 1, true>(rows + i, rows + i, count, false, &square, 1);
         }
         if (out_of_range(square) && !all_zero(rows[i], count)) return false;
       }
