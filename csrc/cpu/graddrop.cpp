@@ -2,7 +2,7 @@
 // once.
 //
 // In float32 (float64 for float64) in the order of the rows and without fused multiply-adds, as every backend does it: all give
-// the same bits. A block of random words is drawn into the first-level cache, then used up.
+// the same bits. Random words are drawn a few vectors at a time, so that drawing them overlaps with waiting for the memory.
 
 #include "blocks.h"
 #include "random.h"
@@ -11,8 +11,8 @@
 namespace mtlkernels::cpu {
 namespace {
 
-static_assert(kBlock % 4 == 0);  // the words of a counter
-constexpr int kRows = 8;         // rows per sweep: their pointers and sums stay in registers
+static_assert(kBlock % kDraw == 0);
+constexpr int kRows = 8;  // rows per sweep: their pointers and sums stay in registers
 
 /// Sums of an element's K gradients, in one lane each: of the positive and of the negative magnitudes, and the leaks of both.
 template <typename V>
@@ -20,10 +20,27 @@ struct Sides {
   V up, down, leaked_up, leaked_down;
 };
 
-/// Adds `value` to the sums of its side; a NaN to both.
+/// The positive and the negative part of a vector, a NaN in both: minima and maxima take their second operand then.
+#if defined(__AVX512F__)
+inline FloatVector rise_of(FloatVector a) { return (FloatVector)_mm512_max_ps(__m512{}, (__m512)a); }
+inline FloatVector fall_of(FloatVector a) { return (FloatVector)_mm512_min_ps(__m512{}, (__m512)a); }
+#elif defined(__AVX2__)
+inline FloatVector rise_of(FloatVector a) { return (FloatVector)_mm256_max_ps(__m256{}, (__m256)a); }
+inline FloatVector fall_of(FloatVector a) { return (FloatVector)_mm256_min_ps(__m256{}, (__m256)a); }
+#endif
+template <typename V>
+inline V rise_of(V a) {
+  return a < 0 ? V{} : a;
+}
+template <typename V>
+inline V fall_of(V a) {
+  return a > 0 ? V{} : a;
+}
+
+/// Adds `value` to the sums of its side, a NaN to both.
 template <bool Leaks, typename V>
 inline void add(Sides<V>& sides, V value, V leak) {
-  const V rise = value <= 0 ? V{} : value, fall = value >= 0 ? V{} : value;
+  const V rise = rise_of(value), fall = fall_of(value);
   sides.up += rise;
   sides.down -= fall;
   if constexpr (Leaks) {
@@ -38,9 +55,11 @@ inline V drawn(const Sides<V>& sides, V uniform) {
   return (sides.up > uniform * total ? sides.up - sides.leaked_down : sides.leaked_up - sides.down) + total * 0;
 }
 
-/// One sweep over R rows, whole vectors: from the sums of earlier sweeps (unless `First`) to those of the next or to `out`.
+/// One sweep over R rows, whole vectors: from the sums of earlier sweeps (unless `First`) to those of the next or to `out`,
+/// with the random words of elements from `begin` on.
 template <typename S, int R, bool Leaks, bool First, bool Last>
-void sweep(const S* const* rows, const S* leak, const uint32_t* words, int64_t count, S* sums, S* out, bool stream) {
+void sweep(const S* const* rows, const S* leak, const Words& random, int64_t begin, int64_t count, S* sums, S* out,
+           bool stream) {
   using V = Vector<S>;
   const S* row[R];
   V leaks[R];
@@ -48,23 +67,28 @@ void sweep(const S* const* rows, const S* leak, const uint32_t* words, int64_t c
     row[r] = rows[r];
     leaks[r] = V{} + leak[r];
   }
-  for (int64_t e = 0; e < count; e += kLanes<S>) {
-    Sides<V> sides{};
-    if constexpr (!First) sides = load<Sides<V>>(sums + 4 * e);
+  alignas(64) uint32_t words[kDraw];
+  for (int64_t e = 0; e < count;) {
+    int64_t word = (begin + e) % kDraw;  // 0 but for the last vector of a block
+    if constexpr (Last) random.draw(begin + e - word, words);
+    for (; word < kDraw && e < count; word += kLanes<S>, e += kLanes<S>) {
+      Sides<V> sides{};
+      if constexpr (!First) sides = load<Sides<V>>(sums + 4 * e);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) add<Leaks>(sides, load<V>(row[r] + e), leaks[r]);
-    if constexpr (!Last) {
-      store(sums + 4 * e, sides);
-    } else if (stream) {
-      store_streaming(out + e, drawn(sides, uniforms(words + e, S())));
-    } else {
-      store(out + e, drawn(sides, uniforms(words + e, S())));
+      for (int r = 0; r < R; ++r) add<Leaks>(sides, load<V>(row[r] + e), leaks[r]);
+      if constexpr (!Last) {
+        store(sums + 4 * e, sides);
+      } else if (stream) {
+        store_streaming(out + e, drawn(sides, uniforms(words + word, S())));
+      } else {
+        store(out + e, drawn(sides, uniforms(words + word, S())));
+      }
     }
   }
 }
 
 template <typename S>
-using Sweep = void (*)(const S* const*, const S*, const uint32_t*, int64_t, S*, S*, bool);
+using Sweep = void (*)(const S* const*, const S*, const Words&, int64_t, int64_t, S*, S*, bool);
 
 template <typename S, bool Leaks, bool First>
 Sweep<S> pick_last(int rows) {
@@ -82,15 +106,15 @@ Sweep<S> pick_last(int rows) {
 
 /// The rows that count, over a block of whole vectors.
 template <typename S, bool Leaks>
-void drop_block(const S* const* rows, const S* leak, int num_rows, const uint32_t* words, int64_t count, S* sums, S* out,
-                bool stream) {
+void drop_block(const S* const* rows, const S* leak, int num_rows, const Words& random, int64_t begin, int64_t count, S* sums,
+                S* out, bool stream) {
   int r = 0;
   for (; r + kRows < num_rows; r += kRows) {
     const Sweep<S> run = r == 0 ? sweep<S, kRows, Leaks, true, false> : sweep<S, kRows, Leaks, false, false>;
-    run(rows + r, leak + r, words, count, sums, out, false);
+    run(rows + r, leak + r, random, begin, count, sums, out, false);
   }
   const Sweep<S> run = r == 0 ? pick_last<S, Leaks, true>(num_rows) : pick_last<S, Leaks, false>(num_rows - r);
-  run(rows + r, leak + r, words, count, sums, out, stream);
+  run(rows + r, leak + r, random, begin, count, sums, out, stream);
 }
 
 /// Computed as S, written as T.
@@ -98,13 +122,12 @@ template <typename S, typename T>
 void drop_range(const Column& column, const Drop& drop, int64_t begin, int64_t end, const Output& out) {
   const int num_rows = column.num_rows;
   Scratch scratch((size_t(num_rows + 5) * kBlock + size_t(num_rows)) * sizeof(S) + size_t(num_rows) * (sizeof(S*) + 4));
-  Scratch bits((kBlock + kWordsBeyond) * sizeof(uint32_t));
   S* values = scratch.as<S>();
   S* sums = values + num_rows * kBlock;
   S* results = sums + 4 * kBlock;
   S* leak = results + kBlock;
   const S** rows = reinterpret_cast<const S**>(leak + (num_rows + 1) / 2 * 2);
-  uint32_t* words = bits.as<uint32_t>();
+  int64_t block = 0;
   const Words random(drop.seed, drop.place);
   int used = 0;
   bool leaks = false;
@@ -121,9 +144,11 @@ void drop_range(const Column& column, const Drop& drop, int64_t begin, int64_t e
       column, begin, end, out, used, rows, values, results,
       [&](int64_t at, int64_t count) {
         for (int r = 0; r < used; ++r) rows[r] = read_row<S>(column, task[r], at, count, values + r * kBlock);
-        random.fill(at, count, words);
+        block = at;
       },
-      [&](int64_t from, int64_t count, S* to, bool stream) { run(rows, leak, used, words + from, count, sums, to, stream); });
+      [&](int64_t from, int64_t count, S* to, bool stream) {
+        run(rows, leak, used, random, block + from, count, sums, to, stream);
+      });
 }
 
 }  // namespace

@@ -25,25 +25,25 @@ inline CounterVector multiply(CounterVector a, CounterVector b) {
 #endif
 }
 
-/// Stores a[0], b[0], a[1], b[1], ...
-inline void store_interleaved(uint32_t* to, CounterVector a, CounterVector b) {
+/// Stores the words of the even counters, then those of the odd ones: of each the upper and the lower half of `first`, then of
+/// `second`.
+inline void store_words(uint32_t* to, CounterVector first, CounterVector second) {
 #if defined(__AVX512F__)
-  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b));
-  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi64((__m512i)a, high, (__m512i)b));
+  _mm512_storeu_ps(to, _mm512_shuffle_ps((__m512)first, (__m512)second, 0x11));
+  _mm512_storeu_ps(to + 16, _mm512_shuffle_ps((__m512)first, (__m512)second, 0xbb));
 #elif defined(__AVX2__)
-  const __m256i even = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b), odd = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
-  _mm256_storeu_si256((__m256i*)to, _mm256_permute2x128_si256(even, odd, 0x20));
-  _mm256_storeu_si256((__m256i*)(to + 8), _mm256_permute2x128_si256(even, odd, 0x31));
+  _mm256_storeu_ps((float*)to, _mm256_shuffle_ps((__m256)first, (__m256)second, 0x11));
+  _mm256_storeu_ps((float*)to + 8, _mm256_shuffle_ps((__m256)first, (__m256)second, 0xbb));
 #else
   for (int i = 0; i < kCounters; ++i) {
-    __builtin_memcpy(to + 4 * i, (const char*)&a + 8 * i, 8);
-    __builtin_memcpy(to + 4 * i + 2, (const char*)&b + 8 * i, 8);
+    const CounterVector halves[2] = {first << 32 | first >> 32, second << 32 | second >> 32};
+    uint32_t* own = to + 4 * (i / 2 + i % 2 * (kCounters / 2));
+    for (int w = 0; w < 2; ++w) __builtin_memcpy(own + 2 * w, (const char*)&halves[w] + 8 * i, 8);
   }
 #endif
 }
 
-constexpr int64_t kWordsBeyond = 8 * kCounters;  // than asked for that are written, at most
+constexpr int64_t kDraw = 8 * kCounters;  // words drawn at a time
 
 /// The upper halves in the place of the lower.
 inline CounterVector upper(CounterVector a) {
@@ -65,42 +65,58 @@ class Words {
     }
   }
 
-  /// Those of elements [begin, begin + count); begin is a multiple of 4. Up to kWordsBeyond more are written.
-  void fill(int64_t begin, int64_t count, uint32_t* to) const;
+  /// Those of elements [begin, begin + kDraw); begin is a multiple of kDraw.
+  void draw(int64_t begin, uint32_t* to) const;
 
  private:
   CounterVector keys_[10][2];
   const uint32_t place_;
 };
 
-inline void Words::fill(int64_t begin, int64_t count, uint32_t* to) const {
-  const CounterVector first = CounterVector{} + 0xD2511F53ull, second = CounterVector{} + 0xCD9E8D57ull;
+/// Only the first word of a counter differs from element to element, so that two of the first rounds' multiplications are of
+/// scalars: 18 of vectors are left of 20.
+inline __attribute__((noinline)) void Words::draw(int64_t begin, uint32_t* to) const {
+  constexpr uint64_t kFirst = 0xD2511F53, kSecond = 0xCD9E8D57;
+  const CounterVector first = CounterVector{} + kFirst, second = CounterVector{} + kSecond;
+  const uint64_t of_place = kSecond * place_;
   CounterVector lane;
-  for (int i = 0; i < kCounters; ++i) lane[i] = uint64_t(i);
-  for (int64_t at = 0; at < count; at += 8 * kCounters) {  // two vectors at a time, so that one's multiplications overlap
-    CounterVector a[2], b[2], c[2], d[2];
+  for (int i = 0; i < kCounters; ++i) lane[i] = uint64_t(i / 2 + i % 2 * (kCounters / 2));
+  const uint64_t block = uint64_t(begin) / 4;
+  // After round 0: words a and b, which are those of every lane, and a's product in round 1.
+  const uint32_t same_a = uint32_t(of_place >> 32) ^ uint32_t(block >> 32) ^ uint32_t(keys_[0][0][0]),
+                 same_b = uint32_t(of_place);
+  const uint64_t of_a = kFirst * same_a;
+  const CounterVector flip_a = keys_[1][0] ^ same_b, flip_c = keys_[1][1] ^ (of_a >> 32),
+                      flip_next = keys_[2][1] ^ uint32_t(of_a);
+  CounterVector a[2], b[2], c[2], d[2];  // upper halves hold what is left of the products; nothing reads them
+#pragma GCC unroll 2
+  for (int v = 0; v < 2; ++v) {
+    const CounterVector zero = multiply(lane + (block + v * kCounters), first),
+                        one = multiply(upper(zero) ^ keys_[0][1], second);
+    a[v] = upper(one) ^ flip_a;
+    b[v] = one;
+    c[v] = zero ^ flip_c;
+    const CounterVector low = multiply(a[v], first), high = multiply(c[v], second);
+    a[v] = upper(high) ^ b[v] ^ keys_[2][0];
+    b[v] = high;
+    c[v] = upper(low) ^ flip_next;
+    d[v] = low;
+  }
+#pragma GCC unroll 6
+  for (int round = 3; round < 9; ++round) {
 #pragma GCC unroll 2
     for (int v = 0; v < 2; ++v) {
-      const CounterVector block = lane + uint64_t((begin + at) / 4 + v * kCounters);
-      a[v] = block;
-      b[v] = block >> 32;
-      c[v] = CounterVector{} + place_;
-      d[v] = CounterVector{};
+      const CounterVector low = multiply(a[v], first), high = multiply(c[v], second);
+      a[v] = upper(high) ^ b[v] ^ keys_[round][0];
+      b[v] = high;
+      c[v] = upper(low) ^ d[v] ^ keys_[round][1];
+      d[v] = low;
     }
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
+  }
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {  // upper halves hold what is left of the products; nothing reads them
-        const CounterVector low = multiply(a[v], first), high = multiply(c[v], second);
-        a[v] = upper(high) ^ b[v] ^ keys_[round][0];
-        b[v] = high;
-        c[v] = upper(low) ^ d[v] ^ keys_[round][1];
-        d[v] = low;
-      }
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v)
-      store_interleaved(to + at + 4 * v * kCounters, (a[v] & 0xffffffff) | b[v] << 32, (c[v] & 0xffffffff) | d[v] << 32);
+  for (int v = 0; v < 2; ++v) {  // the last round in the products' upper halves, whose lower ones are words b and d
+    const CounterVector low = multiply(a[v], first), high = multiply(c[v], second);
+    store_words(to + 4 * v * kCounters, high ^ (b[v] ^ keys_[9][0]) << 32, low ^ (d[v] ^ keys_[9][1]) << 32);
   }
 }
 

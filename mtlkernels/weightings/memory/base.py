@@ -127,7 +127,7 @@ class MemoryWeighting(StatefulWeighting):
         return [list(row) for row in zip(*columns, strict=True)] if columns else [[] for _ in rows]
 
     def _memory_of_tensor(self, n: int, model: Tensor, num_rows: int) -> Tensor:
-        self._memory += [None] * (n + 1 - len(self._memory))
+        self._memory.extend([None] * (n + 1 - len(self._memory)))  # in place: a module's attribute takes 10 us to set
         memory, shape, dtype = self._memory[n], (num_rows, *model.shape), memory_dtype(model.dtype)
         if memory is None:
             strides = torch.empty_like(model, device="meta").stride()
