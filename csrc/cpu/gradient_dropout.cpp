@@ -33,7 +33,7 @@ template <typename S, typename T>
 void drop_range(const Column& column, const Noise& noise, int64_t begin, int64_t end, const Output& out) {
   using V = Vector<S>;
   const NoiseLevel<S>& level = level_of(noise, S());
-  Scratch scratch(2 * kBlock * sizeof(S)), bits((kBlock + kWordsBeyond) * sizeof(uint32_t));
+  Scratch scratch(2 * kBlock * sizeof(S)), bits((kBlock + kDraw) * sizeof(uint32_t));
   S *values = scratch.as<S>(), *results = values + kBlock;
   uint32_t* draws = bits.as<uint32_t>();
   const Words random(noise.seed, noise.place);
@@ -42,7 +42,7 @@ void drop_range(const Column& column, const Noise& noise, int64_t begin, int64_t
       column, begin, end, out, 1, &row, values, results,
       [&](int64_t at, int64_t count) {
         row = read_row<S>(column, 0, at, count, values);
-        random.fill(at, count, draws);
+        for (int64_t e = 0; e < count; e += kDraw) random.draw(at + e, draws + e);
         noise.gaussian ? normals(count, draws) : keep(level.threshold, count, draws);
       },
       [&](int64_t from, int64_t count, S* to, bool stream) {

@@ -133,20 +133,6 @@ inline DoubleVector uniforms(const uint32_t* words, double) {
   return (__builtin_convertvector((HalfIntVector)(load<HalfWordVector>(words) >> 9), DoubleVector) + 0.5) * 0x1p-23;
 }
 
-/// Rounded to nearest.
-inline FloatVector square_root(FloatVector value) {
-#if defined(__AVX512F__)
-  return (FloatVector)_mm512_sqrt_ps((__m512)value);
-#elif defined(__AVX2__)
-  return (FloatVector)_mm256_sqrt_ps((__m256)value);
-#elif defined(__SSE2__)
-  return (FloatVector)_mm_sqrt_ps((__m128)value);
-#else
-  for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
-  return value;
-#endif
-}
-
 /// Standard normal numbers of a vector of words, which begins with an even element: element_normals of mtlkernels/random.py.
 inline FloatVector normal(WordVector words) {
   const CounterVector pairs = (CounterVector)words;

@@ -96,6 +96,20 @@ inline FloatVector fused(FloatVector a, FloatVector b, FloatVector c) {
 #endif
 }
 
+/// Rounded to nearest.
+inline FloatVector square_root(FloatVector value) {
+#if defined(__AVX512F__)
+  return (FloatVector)_mm512_sqrt_ps((__m512)value);
+#elif defined(__AVX2__)
+  return (FloatVector)_mm256_sqrt_ps((__m256)value);
+#elif defined(__SSE2__)
+  return (FloatVector)_mm_sqrt_ps((__m128)value);
+#else
+  for (int lane = 0; lane < kLanes<float>; ++lane) value[lane] = __builtin_sqrtf(value[lane]);
+  return value;
+#endif
+}
+
 inline DoubleVector square_root(DoubleVector value) {
 #if defined(__AVX512F__)
   return (DoubleVector)_mm512_sqrt_pd((__m512d)value);
