@@ -90,6 +90,18 @@ def test_matches_float64(backend, dtype, num_tasks, squares):
     check(random_gradients(num_tasks, SHAPES, dtype), factors_of(num_tasks), squares)
 
 
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("num_tasks", [4, 5, 8, 9, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tasks_that_read_move_and_weigh_all_they_have(backend, dtype, num_tasks, squares):
+    """What the CPU sweeps over together, up to eight tasks at a time; alone, and after a task that does less."""
+    steps = torch.linspace(0, 0.1, num_tasks, dtype=torch.float64)
+    factors = torch.stack([0.9 - steps, 0.1 + steps, 1.5 - 9 * steps])
+    check(random_gradients(num_tasks, SHAPES, dtype), factors, squares)
+    factors[2, -1] = 0
+    check(random_gradients(num_tasks, SHAPES, dtype), factors, squares)
+
+
 @pytest.mark.parametrize("numel", [0, 1, 7, 8, 9, 2047, 2049, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sizes_around_vectors_blocks_and_chunks(backend, dtype, numel):

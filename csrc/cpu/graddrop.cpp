@@ -3,6 +3,11 @@
 //
 // In float32 (float64 for float64) in the order of the rows and without fused multiply-adds, as every backend does it: all give
 // the same bits. Random words are drawn a few vectors at a time, so that drawing them overlaps with waiting for the memory.
+//
+// Cost: with AVX2, of which a vector holds four of Philox's 32 x 32 bit products, sixteen elements' words take 18
+// multiplications, 18 shifts, 34 exclusive ors, an addition and two shuffles, 4.6 instructions an element; three tasks' signs
+// take 23 for eight elements, 2.9 an element. That is 7.5 an element, 1.9 cycles where four start in each, 2.5 where three do:
+// more than the 12 bytes of a read take a core from memory that delivers more than 6. AVX-512 needs less than half.
 
 #include "blocks.h"
 #include "random.h"

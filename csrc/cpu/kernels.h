@@ -99,9 +99,9 @@ struct Kernels {
 
   /// Over elements [begin, end) of a column of K gradients (null: counts as zero) and then K memories, float64 or float32 as
   /// the column's dtype is float64 or not, which are written: memory_k <- keep_k memory_k + scale_k row_k and out = sum_k
-  /// weight_k memory_k, or if `squares` scale_k row_k^2 and out = sum_k weight_k row_k, computed in float64. `factors` [3][K]
-  /// are keep, scale and weight. What has a factor of exactly 0 is not read; a memory that does not move is not written. The
-  /// output may be one of the gradients.
+  /// weight_k memory_k, or if `squares` scale_k row_k^2 and out = sum_k weight_k row_k, computed in float32 where gradients and
+  /// factors allow it, else in float64. `factors` [3][K] are keep, scale and weight. What has a factor of exactly 0 is not
+  /// read; a memory that does not move is not written. The output may be one of the gradients.
   void (*memory_combine)(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,
                          const Output& out);
 
