@@ -16,7 +16,7 @@ import mtlkernels as mtl
 Rows = list[list[Tensor]]
 Calls = dict[str, Callable[[], object]]
 
-COMPILED_TASKS = 8
+COMPILED_TASKS = 3
 """Past so many tasks the pairs' sums take the compiler minutes."""
 LIBRARY_TASKS = 11
 """Past so many tasks one call of the libraries' loops takes longer than all others together."""
