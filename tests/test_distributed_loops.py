@@ -92,7 +92,7 @@ def test_two_batches_are_those_of_one_process(workers, kind):
 
 
 def cheaper(kind: str, gram_from: str, steps: int) -> dict[str, list[Tensor]]:
-    """Weights from the Gram of the representation, or of a sub-batch or its two halves."""
+    """Weights from the Gram of the representation, of a sub-batch or its two halves, or of all gradients, by segments."""
     setting = Setting(kind)
     optimizer = setting.optimizer(mtl.CAGrad(c=0.4), max_norm=0.5)
     kept: list[Tensor] = []
@@ -103,8 +103,11 @@ def cheaper(kind: str, gram_from: str, steps: int) -> dict[str, list[Tensor]]:
             "representation": lambda: {"representation": kept[-1]},
             "gram_losses": lambda step=step: {"gram_losses": setting.losses(100 + step)},
             "halves": lambda step=step: {"gram_losses": [setting.losses(100 + step), setting.losses(200 + step)]},
+            "cuts": lambda: {"cuts": cuts},
+            "stored": dict,
         }[gram_from]
-        losses = setting.losses(step)
+        with mtl.cut([setting.module.first, setting.module.second] if gram_from == "cuts" else []) as cuts:
+            losses = setting.losses(step)
         infos.append(optimizer.step(losses, **options()))
     errors = [info.gram_error for info in infos if info.gram_error is not None]
     return {
@@ -116,7 +119,7 @@ def cheaper(kind: str, gram_from: str, steps: int) -> dict[str, list[Tensor]]:
     }
 
 
-CHEAPER = [("ddp", name) for name in ("representation", "gram_losses", "halves")] + [
+CHEAPER = [("ddp", name) for name in ("representation", "gram_losses", "halves", "cuts")] + [
     ("fsdp", "halves"),
     ("fsdp", "gram_losses"),
 ]
@@ -124,7 +127,7 @@ CHEAPER = [("ddp", name) for name in ("representation", "gram_losses", "halves")
 
 @pytest.mark.parametrize(("kind", "gram_from"), CHEAPER)
 def test_cheaper_grams_are_those_of_one_process(workers, kind, gram_from):
-    expected = cheaper("single", gram_from, 5)
+    expected = cheaper("single", "stored" if gram_from == "cuts" else gram_from, 5)
     assert len(expected["errors"]) == (5 if gram_from == "halves" else 0)
     ranks = workers.run(2, cheaper, kind, gram_from, 5)
     for rank in ranks:
@@ -135,6 +138,7 @@ def test_cheaper_grams_are_those_of_one_process(workers, kind, gram_from):
         assert all(torch.equal(a, b) for a, b in zip(ranks[1][what], ranks[0][what], strict=True)), what
 
 
-def test_a_representation_of_dtensors_is_refused(workers):
-    with pytest.raises(Exception, match="representation is given, but the parameters are DTensors"):
-        workers.run(2, cheaper, "fsdp", "representation", 1)
+@pytest.mark.parametrize("gram_from", ["representation", "cuts"])
+def test_what_needs_leaves_is_refused_for_dtensors(workers, gram_from):
+    with pytest.raises(Exception, match=f"{gram_from} is given, but the parameters are DTensors"):
+        workers.run(2, cheaper, "fsdp", gram_from, 1)

@@ -15,7 +15,7 @@ def test_code_runs(capsys) -> None:
     torch._dynamo.reset()
     names: dict[str, Any] = {}
     blocks = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 14
+    assert len(blocks) == 15
     for number, block in enumerate(blocks):
         exec(compile(block, f"docs/training_loops.md, block {number + 1}", "exec"), names)
         if isinstance(info := names.get("info"), mtl.optim.StepInfo):
