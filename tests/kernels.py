@@ -46,11 +46,14 @@ BELOW_BAR = [
     (r"priority_combine<__half>", "H100 H200", FEW_WARPS),
     (r"paired_gram_tensor_core<(float,16|.*,64)>", "B200", FEW_WARPS),
     (r"paired_gram_chunks<__half,4>", "B200", FEW_WARPS),
-    (r"gram_combine_chunks<(.*,3|BFloat16,4)>", "B200", FEW_WARPS),
+    (r"gram_combine_chunks<(.*,3|BFloat16,4|double,1)>", "B200", FEW_WARPS),
+    (r"finish<(float,1,SgdOptions|double,1,AdamOptions|.*,64,AdamOptions)>", "B200", FEW_WARPS),
+    (r"finish<double,8,AdamOptions>", "H200", FEW_WARPS),
     (r"graddrop<((BFloat16|__half),[12]|.*,64)>", "B200", FEW_WARPS),
     (r"memory_combine<(BFloat16|__half)>", "B200", FEW_WARPS),
     (r"trimmed_mean<.*,64,8>", "H100 H200 B200", EXCHANGES),
     (r"trimmed_mean<.*,64,32>", "A100 H100 H200 B200", EXCHANGES),
+    (r"trimmed_mean<double,64,32>", "RTX4090", EXCHANGES),
 ]
 """(kernels, chips, why): what has too little under way for a chip's full bandwidth."""
 PADDED_ROWS = "11 tasks cost what 16 do, 5 cost what 8 do; a float32 is three bfloat16 on the tensor cores"
@@ -62,6 +65,7 @@ FORMED = "differences have more bits than 16-bit gradients: past 4 tasks they ar
 NORMAL_NUMBERS = "a logarithm, a root and two cosines for every two elements, besides ten rounds of Philox for every four"
 DIVISIONS = "a division for every element, and few bytes of them in 16 bits"
 RANDOM_WORDS = "ten rounds of Philox for every four elements, and few bytes of them in 16 bits"
+ROOTS = "a root and a division for every element, and few bytes of them in 16 bits"
 SLOWER_THAN_DRAM = [
     ("gram", "B200", 1.5, PADDED_ROWS),
     ("cross_gram", "B200", 1.5, PADDED_ROWS),
@@ -88,6 +92,7 @@ SLOWER_THAN_DRAM = [
     ("gradient_dropout bernoulli", "A100 H100", 1.2, RANDOM_WORDS),
     ("gradient_dropout bernoulli", "H200", 1.6, RANDOM_WORDS),
     ("gradient_dropout bernoulli", "B200", 2.3, RANDOM_WORDS),
+    ("combine_adam_", "B200", 1.5, ROOTS),
     ("trimmed_mean", "B200", 1.2, DIVISIONS),
     ("trimmed_mean by 3", "H200", 1.4, EXCHANGES),
     ("trimmed_mean by 3", "B200", 2.0, EXCHANGES),

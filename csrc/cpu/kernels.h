@@ -81,7 +81,7 @@ struct Kernels {
 
   /// Both: adds the inner products of all rows to sums[num_rows][num_rows], upper triangle only, and writes out = sum_k
   /// weights[k] * row k, for elements [begin, end). Every row is read, a weight of exactly 0 leaves its row out of the result.
-  /// `out` is one result, which may be one of the rows. The same bits as the two.
+  /// `out` is one result, which may be one of the rows. The products have the bits of gram's.
   void (*gram_combine)(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out,
                        double* sums);
 

@@ -100,16 +100,18 @@ struct ManyRows {
   }
 };
 
-/// Elements [begin, end) by `threads` threads, of which the caller is `thread`; from the end, as the chunks.
+/// Elements [begin, end) by `threads` threads, of which the caller is `thread`; a block's from the end, as the chunks.
 template <typename T, typename S, typename Rows, int batch, int threads>
 __device__ inline void combine_chunk(const CombineArguments& arguments, bool aligned, int thread, int64_t begin, int64_t end) {
   const Rows rows(arguments, 0);
   T* out = arguments.result<T>();
   constexpr int64_t step = threads * kLanes<T>, round = batch * step;
   const int64_t vectors_end = aligned ? begin + (end - begin) / kLanes<T> * kLanes<T> : begin;
-  const int64_t last_round = begin + (vectors_end - begin - 1) / round * round;
+  constexpr bool backwards = threads > kWarpSize;  // a channel has few elements, and registers are scarce there
+  const int64_t last_round = backwards ? begin + (vectors_end - begin - 1) / round * round : begin;
+  const auto in_range = [&](int64_t e) { return backwards ? vectors_end > begin && e >= begin : e < vectors_end; };
 #pragma unroll 1
-  for (int64_t e = last_round + thread * kLanes<T>; vectors_end > begin && e >= begin; e -= round) {
+  for (int64_t e = last_round + thread * kLanes<T>; in_range(e); e += backwards ? -round : round) {
     S sums[batch][kLanes<T>] = {};
     rows.add_vectors(e, step, vectors_end, sums);
 #pragma unroll

@@ -12,10 +12,9 @@ const char* mix(DType dtype, const std::vector<PlannedTensor>& tensors, int num_
   const Kernel kernel = kernels[int(dtype)];
   const int shared_bytes = mix_shared_bytes(dtype, num_rows, num_results);
   if (const char* error = allow_shared(kernel, shared_bytes)) return error;
-  const std::vector<Launch> launches = plan_launches(tensors, num_rows + num_results);
-  for (auto launch = launches.rbegin(); launch != launches.rend(); ++launch) {
-    kernel<<<launch->num_blocks, mix_threads(num_rows), shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-        launch->table, num_rows, coefficients);
+  for (const Launch& launch : plan_launches(tensors, num_rows + num_results)) {
+    kernel<<<launch.num_blocks, mix_threads(num_rows), shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+        launch.table, num_rows, coefficients);
     if (const char* error = last_error()) return error;
   }
   return nullptr;

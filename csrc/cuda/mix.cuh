@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256)
   __shared__ MixRows<T> tensor;
   uint4* staged = reinterpret_cast<uint4*>(memory);
   Sum<T>* grouped = reinterpret_cast<Sum<T>*>(staged + num_rows * blockDim.x);  // [group][row][kMixGroup]
-  const Chunk chunk = find_chunk_from_end(table, blockIdx.x);
+  const Chunk chunk = find_chunk(table, blockIdx.x);
   void* const* pointers = table.pointers(chunk.tensor);
   const int num_results = table.num_pointers - num_rows;
   const int groups = (num_results + kMixGroup - 1) / kMixGroup;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(256)
   }
   const int64_t vectors = aligned ? (chunk.end - chunk.begin) / kLanes<T> : 0;
 #pragma unroll 1
-  for (int64_t v = vectors - 1 - threadIdx.x; v >= 0; v -= blockDim.x)  // from the end, as the chunks
+  for (int64_t v = threadIdx.x; v < vectors; v += blockDim.x)
     mix_elements<T, kLanes<T>>(tensor, num_rows, num_results, grouped, staged, chunk.begin + v * kLanes<T>);
 #pragma unroll 1
   for (int64_t e = chunk.begin + vectors * kLanes<T> + threadIdx.x; e < chunk.end; e += blockDim.x)
