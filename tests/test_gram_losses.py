@@ -360,3 +360,11 @@ def test_the_transcription_catches_planted_faults(monkeypatch):
         original = sub_batch.weighted_gradients
         patch.setattr(sub_batch, "weighted_gradients", lambda losses, weights, *rest: original(losses, weights * 1.001, *rest))
         fails()
+
+
+def test_halves_that_cancel_have_no_negative_squares():
+    gram = torch.tensor([[1.0, -1.0], [-1.0, 1.0 - 2.0**-52]], dtype=torch.float64)
+    mean, _, bias = of_halves(gram)
+    assert mean.item() == 0
+    assert of_halves(gram.abs())[2].item() == 0
+    assert bias.item() > 0

@@ -282,3 +282,24 @@ def test_reentrant_checkpoints_are_refused_and_others_work():
         losses = model(batches(1)[0])
     with pytest.raises(ValueError, match="reentrant checkpoint"):
         optimizer.step(losses, cuts=cuts)
+
+
+@pytest.mark.parametrize("way", ["cuts", "representation"])
+def test_a_task_whose_head_alone_is_not_finite_is_dropped(way):
+    model = Model()
+    model.heads["b"].register_parameter("root", nn.Parameter(torch.zeros((), dtype=torch.float64)))
+    optimizer = optimizer_of(model, "mgda", on_nonfinite="drop_task")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    features: list[Tensor] = []
+    hook = model.blocks[2].register_forward_hook(lambda module, inputs, output: features.append(output))
+    with mtl.cut([model.blocks[1]] if way == "cuts" else []) as cuts:
+        losses = model(batches(1)[0])
+    hook.remove()
+    losses["b"] = losses["b"] + model.heads["b"].root.sqrt()  # whose derivative is infinite
+    info = optimizer.step(losses, **({"cuts": cuts} if way == "cuts" else {"representation": features[0]}))
+    assert info.active.tolist() == [True, False, True]
+    assert info.weights[1] == 0
+    assert not info.skipped
+    after = dict(model.named_parameters())
+    assert all(p.isfinite().all() for p in after.values())
+    assert all(torch.equal(p, before[name]) == name.startswith("heads.b") for name, p in after.items())
