@@ -87,7 +87,7 @@ def facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "torchjd": info.installed("torchjd"),
         "python": platform.python_version(),
-        "compiler": info._compiler(),
+        "compiler": info._compiler().split(" at ")[0],
         "processor": model,
         "features": features,
         "capability": dispatch.cpu_capability(),
