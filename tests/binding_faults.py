@@ -6,9 +6,14 @@ from simulated import Library, library
 
 ADAPTIVE, MEMORY, GRAM, FINISH = (f"bindings/{name}_cuda.cpp" for name in ("perturb", "memory", "gram", "finish"))
 FAULTS = [
-    (ADAPTIVE, r"values \+ n", 'values + (fault("radius of the first") ? 0 : n)'),
+    (ADAPTIVE, r"data_ptr\(\)\) \+ n", 'data_ptr()) + (fault("radius of the first") ? 0 : n)'),
     *((binding, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);') for binding in (ADAPTIVE, MEMORY, FINISH)),
-    *((binding, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});') for binding in (ADAPTIVE, MEMORY, FINISH)),
+    *((binding, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});') for binding in (MEMORY, FINISH)),
+    (
+        ADAPTIVE,
+        r"perturb\(dtype, tensors,",
+        'perturb(dtype, [&] { auto own = tensors; for (auto& t : own) t.numel -= fault("last element"); return own; }(),',
+    ),
     (FINISH, r"copy_\(place, ", 'copy_(fault("finish aside stays") ? place = torch::stable::empty_like(place) : place, '),
     (FINISH, r"weight_row\(n\)", 'weight_row(fault("row of weights") ? 0 : n)'),
     (FINISH, r"if \(!steps\.empty\(\)\)", 'if (!steps.empty() && !fault("no step"))'),

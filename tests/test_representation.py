@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from multitask_models import TASKS, Given, Net, Tracking, assert_equal, assert_near, batch, grads_of, values_of
+from test_update_every import Passes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -153,28 +154,12 @@ def test_a_trunk_that_is_a_rotation_gives_the_weights_of_the_parameters():
         torch.testing.assert_close(actual, value, **EXACT)
 
 
-class Counts(nn.Module):
-    """Counts the backward passes through a place of the model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            x.register_hook(self._add)
-        return x
-
-    def _add(self, grad: Tensor) -> None:
-        self.count += 1
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_one_pass_through_the_trunk_and_one_through_each_head(source):
     model = One()
-    trunk = Counts()
+    trunk = Passes()
     model.encoder.insert(2, trunk)
-    above = {task: Counts() for task in TASKS}
+    above = {task: Passes() for task in TASKS}
     model.heads = nn.ModuleDict({task: nn.Sequential(head, above[task]) for task, head in model.heads.items()})
     optimizer = make(model, gradients=source)
     losses, z = forward(model)

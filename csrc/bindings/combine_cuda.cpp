@@ -9,8 +9,6 @@
 namespace mtlkernels {
 namespace {
 
-constexpr int64_t kMaxTasks = 1024;  // several tensors of that many pointers still fit in one table
-
 void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per per, std::vector<Tensor>& out,
          int64_t num_out) {
   require(num_tasks <= kMaxTasks, "on CUDA, combine and mix take at most 1024 tasks");
@@ -23,11 +21,8 @@ void run(const TensorList& grads, int64_t num_tasks, const Tensor& weights, Per 
   const int64_t rows = weights.dim() == 2 ? weights.size(0) : 1;
   require(rows == (per == Per::result ? num_out : first_row[given.size()]), "weights has the wrong shape");
   require(given.same_device(weights), "weights is not on the gradients' device");
-  const auto weight_type = weights.scalar_type();
-  require(weight_type == torch::headeronly::ScalarType::Double || weight_type == torch::headeronly::ScalarType::Float,
-          "weights is not float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
-  const Tensor table = torch::stable::contiguous(torch::stable::to(weights, torch::headeronly::ScalarType::Double));
+  const Tensor table = as_float64(weights, "weights is not float32 or float64");
   const double* values = static_cast<const double*>(table.const_data_ptr());
   const TensorList flat = flat_gradients(given, grads);
   std::vector<Tensor> targets = out;

@@ -1,12 +1,11 @@
 #pragma once
-// The ops that combine gradients element by element on CUDA: a launch per dtype, on the current stream of the tensors' device.
+// The ops that have one result of each tensor's rows, element by element, on CUDA: a launch per dtype, on the current stream of
+// the tensors' device.
 
 #include "cuda_call.h"
 #include "elementwise.h"
 
 namespace mtlkernels {
-
-constexpr int64_t kMaxTasks = 1024;  // several tensors of that many pointers still fit in one table
 
 /// launch(dtype, tensors, stream) for each dtype; a tensor's pointers are its gradients, its result, and where there are
 /// `words` its own as an integer. Columns that are not flat are copied first, and their results last. `logical` as of Columns.

@@ -47,26 +47,11 @@ void run_adam(const Finish& finish, const std::vector<Tensor>& steps, const Adam
                   const cpu::Output& moved) { combine_adam(column, weights, options, lr, numbers[n], begin, end, moved); });
 }
 
-void combine_sgd_cpu(std::vector<Tensor> params, std::vector<Tensor> momenta, TensorList grads, Tensor weights, Tensor lr,
-                     std::optional<Tensor> skip, double momentum, double dampening, double weight_decay, bool nesterov,
-                     bool maximize, bool first) {
-  const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
-  combine_sgd(params, momenta, grads, weights, lr, skip, options, run_sgd);
-}
-
-void combine_adam_cpu(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                      std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps, TensorList grads, Tensor weights,
-                      Tensor lr, std::optional<Tensor> skip, double beta1, double beta2, double eps, double weight_decay,
-                      bool decoupled, bool amsgrad, bool maximize) {
-  const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
-  combine_adam(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, grads, weights, lr, skip, options, run_adam);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CPU, m) {
-  m.impl("combine_sgd_", TORCH_BOX(&combine_sgd_cpu));
-  m.impl("combine_adam_", TORCH_BOX(&combine_adam_cpu));
+  m.impl("combine_sgd_", TORCH_BOX(&combine_sgd_op<run_sgd>));
+  m.impl("combine_adam_", TORCH_BOX(&combine_adam_op<run_adam>));
 }
 
 }  // namespace mtlkernels

@@ -6,8 +6,6 @@
 namespace mtlkernels {
 namespace {
 
-constexpr int64_t kMaxTasks = 1024;  // as of combine
-
 /// Launches `launch(dtype, tensors, lr, skip, stream)` on tensors with `num_states` states each, null where they have fewer.
 template <typename Launch>
 void run(const Finish& finish, const std::vector<Tensor>& steps, int64_t num_states, const Launch& launch) {
@@ -19,11 +17,8 @@ void run(const Finish& finish, const std::vector<Tensor>& steps, int64_t num_sta
   require(given.same_device(finish.lr), "lr is not on the gradients' device");
   require(!finish.skip || given.same_device(*finish.skip), "skip is not on the gradients' device");
   for (const Tensor& step : steps) require(given.same_device(step), "a step is not on the gradients' device");
-  const auto type = finish.weights.scalar_type();
-  require(type == torch::headeronly::ScalarType::Double || type == torch::headeronly::ScalarType::Float,
-          "weights is not float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(given.device_index());
-  const Tensor table = torch::stable::contiguous(torch::stable::to(finish.weights, torch::headeronly::ScalarType::Double));
+  const Tensor table = as_float64(finish.weights, "weights is not float32 or float64");
   const double* weights = static_cast<const double*>(table.const_data_ptr());
   const TensorList flat = flat_gradients(given, finish.grads);
   std::vector<Tensor> targets = finish.moved;
@@ -72,26 +67,11 @@ void run_adam(const Finish& finish, const std::vector<Tensor>& steps, const Adam
   });
 }
 
-void combine_sgd_cuda(std::vector<Tensor> params, std::vector<Tensor> momenta, TensorList grads, Tensor weights, Tensor lr,
-                      std::optional<Tensor> skip, double momentum, double dampening, double weight_decay, bool nesterov,
-                      bool maximize, bool first) {
-  const SgdOptions options{momentum, dampening, weight_decay, nesterov, maximize, first};
-  combine_sgd(params, momenta, grads, weights, lr, skip, options, run_sgd);
-}
-
-void combine_adam_cuda(std::vector<Tensor> params, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-                       std::vector<Tensor> max_exp_avg_sqs, std::vector<Tensor> steps, TensorList grads, Tensor weights,
-                       Tensor lr, std::optional<Tensor> skip, double beta1, double beta2, double eps, double weight_decay,
-                       bool decoupled, bool amsgrad, bool maximize) {
-  const AdamOptions options{beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
-  combine_adam(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, grads, weights, lr, skip, options, run_adam);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mtlkernels, CUDA, m) {
-  m.impl("combine_sgd_", TORCH_BOX(&combine_sgd_cuda));
-  m.impl("combine_adam_", TORCH_BOX(&combine_adam_cuda));
+  m.impl("combine_sgd_", TORCH_BOX(&combine_sgd_op<run_sgd>));
+  m.impl("combine_adam_", TORCH_BOX(&combine_adam_op<run_adam>));
 }
 
 }  // namespace mtlkernels

@@ -21,10 +21,8 @@ Tensor run(const TensorList& grads, const Tensor& weights, std::vector<Tensor>& 
   const int64_t num_tasks = weights.size(0);
   const Columns columns(grads, num_tasks, false, &out, 1);
   require(columns.same_device(weights), "weights is not on the gradients' device");
-  require(weights.scalar_type() == ScalarType::Double || weights.scalar_type() == ScalarType::Float,
-          "weights is not float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(columns.device_index());
-  const Tensor table = torch::stable::contiguous(torch::stable::to(weights, ScalarType::Double));
+  const Tensor table = as_float64(weights, "weights is not float32 or float64");
   int64_t blocks = 0;
   for (int64_t n = 0; n < columns.size(); ++n) blocks += (columns[n].layout.numel + kDeviceChunk - 1) / kDeviceChunk;
   require(blocks < (int64_t(1) << 31), "the gradients have too many elements for one call");

@@ -13,15 +13,6 @@ namespace {
 
 static_assert(kLongestSum <= kBlock, "a block of the Gram's is one of the sums'");
 
-/// Whether float32 holds the weights, and their products with gradients of ordinary size.
-inline bool in_float_range(const double* weights, int count) {
-  for (int k = 0; k < count; ++k) {
-    const double size = weights[k] < 0 ? -weights[k] : weights[k];
-    if (size != 0 && !(size > 0x1p-100 && size < 0x1p100)) return false;
-  }
-  return true;
-}
-
 /// The weights of the rows that are present, and sums of rows of T in A.
 template <typename T, typename A>
 class Sums {
@@ -88,8 +79,8 @@ void gram_combine_range(const Column& column, const double* weights, int64_t beg
 template <typename S>
 void gram_combine_range(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out,
                         double* sums) {
-  return in_float_range(weights, column.num_rows) ? gram_combine_range<S, Rounded<S>>(column, weights, begin, end, out, sums)
-                                                  : gram_combine_range<S, double>(column, weights, begin, end, out, sums);
+  return fit_float(weights, column.num_rows) ? gram_combine_range<S, Rounded<S>>(column, weights, begin, end, out, sums)
+                                             : gram_combine_range<S, double>(column, weights, begin, end, out, sums);
 }
 
 }  // namespace

@@ -16,10 +16,6 @@ namespace {
 constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector and cache line
 constexpr int kTasks = 8;         // of a sweep
 
-/// A memory's elements: float32 for 16-bit gradients.
-template <typename T>
-using Wide = std::conditional_t<sizeof(T) == 8, double, float>;
-
 /// What becomes of one task. A factor that is exactly 0 leaves what it would multiply unread.
 struct Task {
   double keep, scale, weight;
@@ -31,7 +27,7 @@ struct Task {
 
 /// One task over one block, computed as S: its memory and its part of the sums. Null: counts as zero.
 template <typename T, typename S, bool squares>
-void sweep(const T* grad, const Wide<T>* before, Wide<T>* after, Task task, int64_t count, S* sums) {
+void sweep(const T* grad, const Rounded<T>* before, Rounded<T>* after, Task task, int64_t count, S* sums) {
   const S scale = S(task.scale), weight = S(task.weight), keep = S(task.keep);
   const bool adds = grad && task.scale != 0, weighs = task.weight != 0;
   int64_t e = 0;
@@ -46,15 +42,15 @@ void sweep(const T* grad, const Wide<T>* before, Wide<T>* after, Task task, int6
     const S g = grad ? S(to_float(grad[e])) : S(0);
     S y = before ? keep * S(before[e]) : S(0);
     if (adds) y += scale * (squares ? g * g : g);
-    if (after) after[e] = Wide<T>(y);
+    if (after) after[e] = Rounded<T>(y);
     if (weighs) sums[e] += weight * (squares ? g : y);
   }
 }
 
 template <typename T, typename S>
-void sweep(const T* grad, Wide<T>* memory, Task task, bool squares, int64_t count, S* sums) {
-  const Wide<T>* before = task.reads_memory(squares) ? memory : nullptr;
-  Wide<T>* after = task.moves() ? memory : nullptr;
+void sweep(const T* grad, Rounded<T>* memory, Task task, bool squares, int64_t count, S* sums) {
+  const Rounded<T>* before = task.reads_memory(squares) ? memory : nullptr;
+  Rounded<T>* after = task.moves() ? memory : nullptr;
   return squares ? sweep<T, S, true>(grad, before, after, task, count, sums)
                  : sweep<T, S, false>(grad, before, after, task, count, sums);
 }
@@ -70,14 +66,14 @@ void write(const S* sums, int64_t e, int64_t count, bool stream, T* to) {
       store_cached(to + e, sum);
     }
   }
-  for (; e < count; ++e) from_float(Wide<T>(sums[e]), to + e);
+  for (; e < count; ++e) from_float(Rounded<T>(sums[e]), to + e);
 }
 
 /// Tasks that read, move and weigh all they have, and where one block of them lies.
 template <typename T>
 struct Whole {
   const T** grads;
-  Wide<T>** memories;
+  Rounded<T>** memories;
   Task* tasks;
 };
 
@@ -85,7 +81,7 @@ struct Whole {
 template <typename T, typename S, bool squares, int R, bool First>
 void sweep_whole(Whole<T> whole, int64_t count, S* sums, T* to, bool stream) {
   const T* grad[R];
-  Wide<T>* memory[R];
+  Rounded<T>* memory[R];
   Vector<S> keep[R], scale[R], weight[R];
   for (int r = 0; r < R; ++r) {
     grad[r] = whole.grads[r];
@@ -151,7 +147,7 @@ void combine_flat(const Column& column, const Task* tasks, bool squares, int64_t
   const int num_tasks = column.num_rows / 2;
   Scratch scratch(kBlock * sizeof(S) + size_t(num_tasks) * sizeof(Task)), pointers(size_t(num_tasks) * 16);
   S* sums = scratch.as<S>();
-  const Whole<T> whole{pointers.as<const T*>(), pointers.as<Wide<T>*>(num_tasks), reinterpret_cast<Task*>(sums + kBlock)};
+  const Whole<T> whole{pointers.as<const T*>(), pointers.as<Rounded<T>*>(num_tasks), reinterpret_cast<Task*>(sums + kBlock)};
   std::memset(sums, 0, kBlock * sizeof(S));  // what there is without tasks
   for (int64_t at = begin; at < end; at += kBlock) {
     const int64_t count = end - at < kBlock ? end - at : kBlock;
@@ -161,7 +157,7 @@ void combine_flat(const Column& column, const Task* tasks, bool squares, int64_t
     for (int k = 0; k < num_tasks; ++k) {
       const Task task = tasks[k];
       const T* grad = static_cast<const T*>(column.rows[k]);
-      Wide<T>* memory = static_cast<Wide<T>*>(const_cast<void*>(column.rows[num_tasks + k])) + at;
+      Rounded<T>* memory = static_cast<Rounded<T>*>(const_cast<void*>(column.rows[num_tasks + k])) + at;
       if (grad && task.keep != 0 && task.scale != 0 && task.weight != 0) {
         whole.grads[used] = grad + at;
         whole.memories[used] = memory;
@@ -209,25 +205,15 @@ void combine_strided(const Column& column, const Task* tasks, bool squares, int6
   }
 }
 
-/// Whether float32 holds the factors and, within reason, what they are multiplied with.
-bool within_float32(const double* factors, int count) {
-  bool within = true;
-  for (int i = 0; i < count; ++i) {
-    const double size = factors[i] < 0 ? -factors[i] : factors[i];
-    within &= size == 0 || (size > 0x1p-100 && size < 0x1p100);
-  }
-  return within;
-}
-
 template <typename T>
 void combine_range(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end, const Output& out) {
   const int num_tasks = column.num_rows / 2;
   Scratch scratch(size_t(num_tasks) * sizeof(Task));
   Task* tasks = scratch.as<Task>();
   for (int k = 0; k < num_tasks; ++k) tasks[k] = {factors[k], factors[num_tasks + k], factors[2 * num_tasks + k]};
-  if (column.layout.dim != 0) return combine_strided<T, Wide<T>>(column, tasks, squares, begin, end, out);
+  if (column.layout.dim != 0) return combine_strided<T, Rounded<T>>(column, tasks, squares, begin, end, out);
   if constexpr (std::is_same_v<T, float>) {
-    if (within_float32(factors, 3 * num_tasks)) return combine_flat<T, float>(column, tasks, squares, begin, end, out);
+    if (fit_float(factors, 3 * num_tasks)) return combine_flat<T, float>(column, tasks, squares, begin, end, out);
   }
   combine_flat<T, double>(column, tasks, squares, begin, end, out);
 }

@@ -164,10 +164,6 @@ void products(const T* own, const T* const* rows, int num_rows, int64_t count, d
   }
 }
 
-/// What a sum is rounded to on its way to a T.
-template <typename T>
-using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
-
 template <typename T, typename V>
 inline void store_result(T* to, V value, bool stream) {
   if constexpr (std::is_same_v<V, DoubleVector>) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -331,6 +332,19 @@ inline void store_cached(Half* to, DoubleVector value) {
 }
 inline HalfFloatVector load_as_float(const float* from) { return load<HalfFloatVector>(from); }
 inline void store_cached(float* to, HalfFloatVector value) { store(to, value); }
+
+/// What a sum of Ts is rounded to on its way to a T, and what a memory of them is kept in: float, or double of doubles.
+template <typename T>
+using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
+
+/// Whether float32 holds the factors, and their products with gradients of ordinary size.
+inline bool fit_float(const double* factors, int count) {
+  for (int i = 0; i < count; ++i) {
+    const double size = factors[i] < 0 ? -factors[i] : factors[i];
+    if (size != 0 && !(size > 0x1p-100 && size < 0x1p100)) return false;
+  }
+  return true;
+}
 
 /// A vector of A: double, or the rows' own float.
 template <typename A, typename T>

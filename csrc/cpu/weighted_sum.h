@@ -13,10 +13,6 @@ namespace {
 constexpr int64_t kBlock = 512;  // elements; a multiple of every vector and cache line
 constexpr int kRows = 8;         // rows per sweep: their pointers and the output's stay in registers
 
-/// What a sum of Ts is rounded to on its way to a T.
-template <typename T>
-using Rounded = std::conditional_t<sizeof(T) == 8, double, float>;
-
 /// Up to a vector of elements, and zeros.
 template <typename A, typename T>
 inline Vector<A> load_some(const T* from, int64_t count) {

@@ -173,7 +173,13 @@ __device__ __forceinline__ void gram_on_tensor_cores(Product product, Rows forms
 #pragma unroll
     for (int g = 0; g < S::groups; ++g) own[g] = rows[8 * g + lane / 4];
   }
-  const auto row_of = [&](int group) { return R <= 16 ? own[group] : rows[8 * group + lane / 4]; };
+  const auto row_of = [&](int group) {
+    if constexpr (R <= 16) {
+      return own[group];
+    } else {
+      return rows[8 * group + lane / 4];
+    }
+  };
 
   const auto load = [&](int batch, Packed<T>(&to)[S::batch][S::groups]) {
     const int64_t first = chunk.begin + (batch * warps + warp) * S::batch * S::step, e = first + lane % 4 * kLanes<T>;
