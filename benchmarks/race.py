@@ -1,5 +1,6 @@
 """Times of calls that take turns, so that a busy machine slows all of them alike, and what a call does, counted."""
 
+import itertools
 import os
 import statistics
 import sys
@@ -122,16 +123,17 @@ def _quiet() -> Iterator[None]:
         os.close(nowhere)
 
 
+def peak_bytes(call: Call) -> int:
+    """The most that was allocated at a time while ``call`` ran, beyond what was there before."""
+    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del kept  # not before the profiler stopped
+    return max(itertools.accumulate((e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
 def count(call: Call) -> Counted:
     """Runs the call twice: under a counter of ops, and under the profiler of memory."""
     with _Counter() as counter:
         call()
-    with _quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del kept
-    return Counted(counter.launches, counter.moved, counter.host_reads, peak)
+    return Counted(counter.launches, counter.moved, counter.host_reads, peak_bytes(call))

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 
 import mtlkernels as mtl
 
+from .race import peak_bytes
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
-from compare import BATCH, LEARNING_RATE, Problem, multi_digits  # noqa: E402  the script beside the package
+from compare import BATCH, LEARNING_RATE, Problem, multi_digits, table  # noqa: E402  the script beside the package
 
 from mtlkernels.demo import spread  # noqa: E402
 
@@ -336,14 +338,6 @@ SPARING = list(METHODS)[2:6]
 # --- measuring -----------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(run: Step) -> int:
-    """The most that was allocated at a time while ``run`` ran, beyond what was there before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
-
-
 @dataclass(frozen=True)
 class Row:
     """One method: medians over the rounds, in units of the plain step."""
@@ -464,10 +458,6 @@ def effects(steps: int, seeds: int) -> dict[tuple[str, str], list[Trained]]:
 # --- the page ------------------------------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
 def of_case(case: Case, rows: dict[str, Row], ms: float, megabytes: float) -> str:
     cells = [
         [
@@ -480,7 +470,7 @@ def of_case(case: Case, rows: dict[str, Row], ms: float, megabytes: float) -> st
     ]
     head = ["method", "time", "peak memory", *PARTS]
     title = f"### {case.title}, {case.num_tasks} losses\n\nThe plain step: {ms:.2f} ms, {megabytes:.2f} MB."
-    return f"{title}\n\n{table(head, cells)}\n\n{verdict(rows)}"
+    return f"{title}\n\n{table([head, *cells])}\n\n{verdict(rows)}"
 
 
 def verdict(rows: dict[str, Row]) -> str:
@@ -510,13 +500,13 @@ def of_effects(done: dict[tuple[str, str], list[Trained]]) -> str:
         f"{difference:.0f}."
     )
     equal = spread([run.error for run in done["none", "mean"]], 4)
-    return f"{table(head, cells)}\n\nEqual weights: {equal}.\n\n{text}"
+    return f"{table([head, *cells])}\n\nEqual weights: {equal}.\n\n{text}"
 
 
 def in_short(measured: dict[str, dict[str, Row]]) -> str:
     """Times of all methods and cases in one table."""
     head = ["time of a step", *(f"{name.rstrip('248')}, {CASES[name].num_tasks} losses" for name in measured)]
-    return table(head, [[method, *(f"{rows[method].time:.2f}" for rows in measured.values())] for method in METHODS])
+    return table([head, *([method, *(f"{rows[method].time:.2f}" for rows in measured.values())] for method in METHODS)])
 
 
 def page(measured: dict[str, dict[str, Row]], parts: Sequence[str], effect: str, options: argparse.Namespace) -> str:

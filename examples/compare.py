@@ -224,28 +224,39 @@ def report(tables: dict[str, list[list[str]]], options: argparse.Namespace) -> s
         f"loss-only methods take one, those of two batches 2 K. Left out: {left_out}."
     )
     parts = ["# All methods on two problems", text]
-    for title, (header, *rows) in tables.items():
-        cells = "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
-        parts += [f"## {title}", cells]
+    for title, rows in tables.items():
+        parts += [f"## {title}", table(rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown; the first row is the head."""
+    head, *rest = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
+
+
+def parse_page(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parser's options, and those of a page about training runs: seeds, steps, output and quick."""
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)
-    options.changed = " --quick" if options.quick else ""
     if options.quick:
         options.seeds, options.steps = 2, 20
     if options.seeds < 1 or options.steps < 1:
         parser.error("--seeds and --steps are 1 or more")
     if not options.output.is_dir():
         parser.error(f"--output: {options.output} is not a directory; create it first")
+    return options
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--data", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    options = parse_page(parser, argv)
+    options.changed = " --quick" if options.quick else ""
     for name in ("data", "methods"):
         if getattr(options, name) != parser.get_default(name):
             options.changed += f" --{name} {' '.join(getattr(options, name))}"

@@ -13,10 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from compare import BATCH, LEARNING_RATE, PROBLEMS, Problem, weighting_of  # the example beside this one
+from compare import BATCH, LEARNING_RATE, PROBLEMS, Problem, parse_page, table, weighting_of  # the example beside this one
 from groups import delta_m
 
 import mtlkernels as mtl
@@ -98,11 +97,6 @@ def timings(elements: int, repeats: int) -> list[list[str]]:
     return result
 
 
-def table(rows: list[list[str]]) -> str:
-    header, *rest = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rest))
-
-
 def report(tables: dict[str, list[list[str]]], times: list[list[str]], options: argparse.Namespace) -> str:
     text = (
         f"Written by `python examples/one_pass.py{' --quick' if options.quick else ''}`: {options.seeds} seeds of "
@@ -123,19 +117,8 @@ def report(tables: dict[str, list[list[str]]], times: list[list[str]], options: 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page")
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args(argv)
+    options = parse_page(argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0]), argv)
     options.elements, options.repeats = (300_000, 3) if options.quick else (24_000_000, 15)
-    if options.quick:
-        options.seeds, options.steps = 2, 20
-    if options.seeds < 1 or options.steps < 1:
-        parser.error("--seeds and --steps are 1 or more")
-    if not options.output.is_dir():
-        parser.error(f"--output: {options.output} is not a directory; create it first")
     torch.set_num_threads(1)  # fastest for networks this small
     tables = {}
     for make in PROBLEMS.values():

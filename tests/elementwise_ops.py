@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +44,13 @@ def assert_same_bits_on(capability: str, call: str, folder: Path) -> None:
     for rows, wanted in zip(given.values(), torch.load(folder / "out.pt"), strict=True):
         own: list[Tensor] = eval(call, {"torch": torch, "rows": rows, **vars(elementwise)})
         assert_same_bits(own, wanted)
+
+
+def assert_moved_once(device: Any, rows: Sequence[Tensor], out: Tensor) -> None:
+    """The simulated ``device`` has read each row once and written the result once, in whole sectors, in one launch."""
+    (launch,) = device.launches
+    for row in rows:
+        read = launch.report.alloc(row)
+        assert (read.load_bytes, read.load_sectors, read.store_bytes) == (row.nbytes, row.nbytes // 32, 0)
+    written = launch.report.alloc(out)
+    assert (written.store_bytes, written.store_sectors, written.load_bytes) == (out.nbytes, out.nbytes // 32, 0)

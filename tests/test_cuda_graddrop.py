@@ -6,7 +6,7 @@ That they give them for every layout and size is test_simulated_matrix.py's to s
 import pytest
 import torch
 from device import requires_nvcc
-from elementwise_ops import SHAPES, assert_same_bits
+from elementwise_ops import SHAPES, assert_moved_once, assert_same_bits
 from helpers import DTYPES, LAYOUTS, drop, random_gradients
 from simulated import simulated_cuda
 from test_graddrop import SEED, expected, leaks
@@ -69,11 +69,7 @@ def test_each_byte_is_read_once_and_written_once(dtype, num_tasks):
     rows, out = random_gradients(num_tasks, [(4 * CHUNK,)], dtype), [torch.empty(4 * CHUNK, dtype=dtype)]
     with simulated_cuda() as device:
         graddrop(rows, leaks(num_tasks), SEED, out=out)
-    (launch,) = device.launches
-    for (row,) in rows:
-        assert (launch.report.alloc(row).load_bytes, launch.report.alloc(row).load_sectors) == (row.nbytes, row.nbytes // 32)
-    written = launch.report.alloc(out[0])
-    assert (written.store_bytes, written.store_sectors, written.load_bytes) == (out[0].nbytes, out[0].nbytes // 32, 0)
+    assert_moved_once(device, [row for (row,) in rows], out[0])
 
 
 def test_rows_of_tasks_that_are_not_active_are_not_read():

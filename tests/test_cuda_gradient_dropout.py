@@ -8,6 +8,7 @@ import ptxsim
 import pytest
 import torch
 from device import FLOAT32, THREADS, address, compile_kernels, requires_nvcc, testing_module
+from elementwise_ops import assert_moved_once
 from helpers import DTYPES, LAYOUTS
 from simulated import simulated_cuda
 from test_gradient_dropout import MODES, SEED, SHAPES, assert_same_bits, expected, gradients, rate
@@ -70,10 +71,7 @@ def test_each_byte_is_read_once_and_written_once(dtype, mode):
     (grad,), out = gradients([(4 * CHUNK,)], dtype), torch.empty(4 * CHUNK, dtype=dtype)
     with simulated_cuda() as device:
         mtl.gradient_dropout([grad], 0.3, mode, SEED, out=[out])
-    (launch,) = device.launches
-    read, written = launch.report.alloc(grad), launch.report.alloc(out)
-    assert (read.load_bytes, read.load_sectors, read.store_bytes) == (grad.nbytes, grad.nbytes // 32, 0)
-    assert (written.store_bytes, written.store_sectors, written.load_bytes) == (out.nbytes, out.nbytes // 32, 0)
+    assert_moved_once(device, [grad], out)
 
 
 @modes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from device import FLOAT32, THREADS, address, compile_kernels, requires_nvcc, testing_module
-from elementwise_ops import SHAPES, assert_same_bits
+from elementwise_ops import SHAPES, assert_moved_once, assert_same_bits
 from helpers import DTYPES, LAYOUTS, drop, random_gradients
 from simulated import simulated_cuda
 from test_trimmed_mean import assert_agrees, by_definition, trims
@@ -157,11 +157,7 @@ def test_each_byte_is_read_once_and_written_once(dtype, num_tasks, trim):
     rows, out = random_gradients(num_tasks, [(2 * CHUNK,)], dtype), [torch.empty(2 * CHUNK, dtype=dtype)]
     with simulated_cuda() as device:
         trimmed_mean(rows, trim, out=out)
-    (launch,) = device.launches
-    for (row,) in rows:
-        assert (launch.report.alloc(row).load_bytes, launch.report.alloc(row).load_sectors) == (row.nbytes, row.nbytes // 32)
-    written = launch.report.alloc(out[0])
-    assert (written.store_bytes, written.store_sectors, written.load_bytes) == (out[0].nbytes, out[0].nbytes // 32, 0)
+    assert_moved_once(device, [row for (row,) in rows], out[0])
 
 
 def test_rows_of_tasks_that_are_not_active_are_not_read():
