@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from .checks import check_lengths
@@ -74,4 +75,7 @@ def aggregate(
     problems = Problems(groups_of(per, len(models)) if isinstance(per, Mapping) else per, models)
     gram = problems.gram(rows)
     weights = of_both(weighting(cross_of(gram), losses=losses)) if crosses else weighting(gram, losses=losses)
-    return problems.combine(rows, weights, out)
+    if weights.requires_grad:
+        return problems.combine(rows, weights, out)
+    with torch.no_grad():  # none of the gradients requires grad, or there were no Gram: a small model notices a second look
+        return problems.combine(rows, weights, out)

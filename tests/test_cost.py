@@ -27,7 +27,7 @@ COUNTS: dict[tuple[str, str], dict[int, float]] = {
 def instructions(folder: Path, isa: str = "avx2", repeats: int = 1) -> dict[tuple[str, str, int], float]:
     """Counted for kernels built for an instruction set with the flags of setup.py, each called ``repeats`` times."""
     setup = setup_script()
-    sources = [ROOT / "csrc/testing/cost.cpp", *(ROOT / f"csrc/cpu/{op}.cpp" for op in ("gram", "combine"))]
+    sources = [ROOT / "csrc/testing/cost.cpp", *(ROOT / f"csrc/cpu/{name}.cpp" for name in ("gram", "combine", "scratch"))]
     flags = [*setup["COMMON_FLAGS"], *setup["INSTRUCTION_SETS"][isa], f"-DMTL_ISA={isa}", "-w"]
     program, out = folder / f"cost_{isa}", folder / f"{isa}_{repeats}"
     if not program.exists():

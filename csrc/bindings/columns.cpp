@@ -5,8 +5,8 @@
 #include <string>
 
 namespace mtlkernels {
-namespace {
 
+/// What torch tells of a tensor, asked for once.
 struct View {
   void* data;
   const int64_t *sizes, *strides;
@@ -14,6 +14,8 @@ struct View {
   DType dtype;
   int32_t device_type, device_index;
 };
+
+namespace {
 
 DType kernel_dtype(int32_t dtype, int64_t task, int64_t tensor) {
   if (dtype == aoti_torch_dtype_float32()) return DType::float32;
@@ -33,11 +35,12 @@ View view(const Tensor& tensor, int64_t task, int64_t n) {
   check_torch(aoti_torch_get_data_ptr(handle, &v.data));
   check_torch(aoti_torch_get_dtype(handle, &dtype));
   check_torch(aoti_torch_get_dim(handle, &v.dim));
-  check_torch(aoti_torch_get_numel(handle, &v.numel));
   check_torch(aoti_torch_get_sizes(handle, &sizes));
   check_torch(aoti_torch_get_strides(handle, &strides));
   v.sizes = sizes;
   v.strides = strides;
+  v.numel = 1;
+  for (int64_t d = 0; d < v.dim; ++d) v.numel *= sizes[d];
   v.dtype = kernel_dtype(dtype, task, n);
   return v;
 }
@@ -105,7 +108,11 @@ Columns::Columns(const TensorList& grads, int64_t num_tasks, bool row_major, con
   outputs_.resize(num_columns * num_out);
   out_strides_.resize(num_columns, nullptr);
   channels_.resize(num_columns, 0);
-  for (int64_t n = 0; n < num_columns; ++n) add(grads, n, num_columns, num_tasks, row_major, out);
+  std::vector<View> views;  // of a column; here, as a small tensor takes less time than an allocation
+  std::vector<int64_t> present;
+  views.reserve(num_tasks + num_out);
+  present.reserve(num_tasks + num_out);
+  for (int64_t n = 0; n < num_columns; ++n) add(grads, n, num_columns, num_tasks, row_major, out, views, present);
 }
 
 bool Columns::same_device(const Tensor& tensor) const {
@@ -116,11 +123,10 @@ bool Columns::same_device(const Tensor& tensor) const {
 }
 
 void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,
-                  const std::vector<Tensor>* out) {
-  std::vector<View> views;
-  std::vector<int64_t> present;
+                  const std::vector<Tensor>* out, std::vector<View>& views, std::vector<int64_t>& present) {
+  views.clear();
+  present.clear();
   int column_dtype = num_wide_ > 0 ? int(view((*out)[n], -1, n).dtype) : -1;
-  views.reserve(num_tasks + num_out_);
   for (int64_t k = 0; k < num_tasks + num_out_; ++k) {
     const bool is_out = k >= num_tasks;
     if (!is_out && !grads[k * num_columns + n]) continue;

@@ -35,6 +35,8 @@ void require(bool condition, const char* message, int64_t task = -1, int64_t ten
 /// depends on the version.)
 inline void check_torch(AOTITorchError code) { require(code == AOTI_TORCH_SUCCESS, "a call of torch's C interface failed"); }
 
+struct View;
+
 /// The gradients of `grads` (task-major, num_tasks rows) column by column, optionally with the results beside them.
 class Columns {
  public:
@@ -57,7 +59,7 @@ class Columns {
 
  private:
   void add(const TensorList& grads, int64_t n, int64_t num_columns, int64_t num_tasks, bool row_major,
-           const std::vector<Tensor>* out);
+           const std::vector<Tensor>* out, std::vector<View>& views, std::vector<int64_t>& present);
 
   std::vector<cpu::Column> columns_;
   std::vector<const void*> rows_;

@@ -34,10 +34,12 @@ struct Extent {
 };
 
 Extent extent(const Tensor& tensor) {
-  if (tensor.numel() == 0) return {0, 0};
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   int64_t last = 0;
-  for (size_t d = 0; d < sizes.size(); ++d) last += (sizes[d] - 1) * strides[d];
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] == 0) return {0, 0};
+    last += (sizes[d] - 1) * strides[d];
+  }
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   return {begin, begin + uintptr_t((last + 1) * int64_t(tensor.element_size()))};
 }
@@ -48,6 +50,7 @@ struct Reach {
 };
 
 Reach reach_of(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return {false, true};
   const auto sizes = tensor.sizes(), strides = tensor.strides();
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (size_t d = 0; d < sizes.size(); ++d)
@@ -78,11 +81,12 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
   std::vector<std::pair<Extent, int64_t>> buffers;
   std::vector<bool> dense(num_buffers, true);
   for (int64_t n = 0; n < num_buffers; ++n) {
-    if (out[n].numel() == 0) continue;
+    const Extent memory = extent(out[n]);
+    if (memory.begin == memory.end) continue;
     const Reach reach = reach_of(out[n]);
     require(!reach.overlaps, "out overlaps itself", -1, n);
     dense[n] = reach.dense;
-    buffers.emplace_back(extent(out[n]), n);
+    buffers.emplace_back(memory, n);
   }
   std::sort(buffers.begin(), buffers.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
   std::vector<bool> flagged(num_buffers, false);
@@ -97,7 +101,7 @@ std::vector<int64_t> entangled(const std::vector<Tensor>& out, const TensorList&
   for (int64_t k = 0; k < num_tasks && !mutual; ++k) {
     for (int64_t n = 0; n < num_columns; ++n) {
       const std::optional<Tensor>& row = grads[k * num_columns + n];
-      if (!row || row->numel() == 0) continue;
+      if (!row) continue;
       const Extent read = extent(*row);
       auto at = std::partition_point(buffers.begin(), buffers.end(), [&](const auto& b) { return b.first.end <= read.begin; });
       for (; at != buffers.end() && at->first.begin < read.end; ++at)

@@ -5,11 +5,11 @@
 // and instantiates nothing from the standard library: a template compiled for AVX-512 must never be the copy the linker keeps.
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
+#include "scratch.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -211,22 +211,20 @@ inline void fence_streaming() {
 #endif
 }
 
-/// Memory of one call, released at its end; aligned to a cache line.
+/// Memory of one call, released at its end; aligned to a cache line. On the stack: the last one made goes first.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : data_(std::aligned_alloc(64, (bytes + 127) / 64 * 64)) {
-    if (!data_) std::abort();  // of blocks, not of tensors: nothing sensible is left to do
-  }
-  ~Scratch() { std::free(data_); }
+  explicit Scratch(size_t bytes) : memory_(borrow(bytes)) {}
+  ~Scratch() { give_back(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   template <typename T>
   T* as(size_t offset = 0) {
-    return static_cast<T*>(data_) + offset;
+    return static_cast<T*>(memory_.data) + offset;
   }
 
  private:
-  void* data_;
+  const Borrowed memory_;
 };
 
 struct BFloat16 {
