@@ -48,10 +48,11 @@ def train(settings: Settings, folder: Path, resume: bool, **options: Any) -> Res
     module = Module(settings)
     trainer.fit(module, Digits(settings).loader(settings), ckpt_path=folder / "epoch=0.ckpt" if resume else None)
     rows: dict[int, dict[str, float]] = {}
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        for row in csv.DictReader(file):
-            values = {name: float(value) for name, value in row.items() if value}
-            rows.setdefault(int(values["step"]), {}).update(values)
+    if trainer.is_global_zero:  # which has the log
+        with open(Path(logger.log_dir) / "metrics.csv") as file:
+            for row in csv.DictReader(file):
+                values = {name: float(value) for name, value in row.items() if value}
+                rows.setdefault(int(values["step"]), {}).update(values)
     return Result(module.net, list(rows.values()))
 
 

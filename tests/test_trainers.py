@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before transformers is imported
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 import trainer_plain  # noqa: E402
-from trainer_task import TASKS, Net, Result, Settings, main  # noqa: E402
+from trainer_task import TASKS, Digits, Net, Result, Settings, main, optimizer_of  # noqa: E402
 
 import mtlkernels as mtl  # noqa: E402
 
@@ -107,6 +108,34 @@ def test_two_processes_are_one(plain):
     assert done.returncode == 0, done.stderr
     alone = main(trainer_plain.train, "", settings)
     assert done.stdout.strip() == alone.strip()
+
+
+def lightning_rank(folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+    """Trains on one of several ranks, each with its share of every micro-batch."""
+    module, group = example("lightning"), torch.distributed.group.WORLD
+    ranks = torch.distributed.get_world_size()
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # so that Lightning starts no processes
+
+    def loader(data: Digits, settings: Settings) -> DataLoader:
+        sampler = DistributedSampler(data, shuffle=False)
+        return DataLoader(data, settings.batch // ranks, sampler=sampler)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "optimizer_of", lambda net, settings: optimizer_of(net, settings, process_group=group))
+        patch.setattr(Digits, "loader", loader)
+        options = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
+        result = module.train(SETTINGS, Path(folder), False, **options)
+    return parameters(result), result.history
+
+
+@pytest.mark.slow
+def test_lightning_on_two_ranks_is_one_process(workers, plain, tmp_path):
+    done = workers.run(2, lightning_rank, str(tmp_path), timeout=120)
+    for params, _ in done:
+        for actual, expected in zip(params, parameters(plain), strict=True):
+            torch.testing.assert_close(actual, expected, **CLOSE)
+    assert [len(history) for _, history in done] == [SETTINGS.updates, 0]
+    assert done[0][1][0]["loss/left"] == pytest.approx(plain.history[0]["loss/left"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
