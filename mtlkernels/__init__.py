@@ -1,6 +1,6 @@
 """Fused kernels for multi-task gradient work: Gram matrices, projections, weightings and an optimizer layer."""
 
-from . import _vmap, grouping, monitor, nn, weightings  # noqa: F401
+from . import _vmap, grouping, monitor, nn, trainers, weightings  # noqa: F401
 from ._version import __version__
 from .affinities import affinity, curvature_bound, lookahead_affinity
 from .aggregation import aggregate
@@ -70,6 +70,7 @@ __all__ = [
     "project",
     "restore_",
     "sharpness",
+    "trainers",
     "use_backend",
     *weightings.__all__,
 ]

@@ -303,7 +303,8 @@ class MultiTaskOptimizer(SavedState):
         Args:
             losses: as in :meth:`backward`, whose result then replaces ``.grad``; or a closure that returns them, which a
                 weighting that ``observes`` runs again after the step. None: steps from ``.grad`` as :meth:`backward` or the
-                caller left it.
+                caller left it; so does a closure of torch's convention, which calls :meth:`backward` itself and returns a
+                scalar or nothing.
             closure: the closure under the name that callers of torch optimizers use.
             scaler: scales the losses, and is updated after the step; leave out ``scaler.step`` and ``scaler.update``. The
                 update is unscaled as it is combined, and the Gram's diagonal tells an overflow, so that nothing reads the
@@ -326,7 +327,12 @@ class MultiTaskOptimizer(SavedState):
             if losses is not None:
                 raise ValueError("losses and closure are both given; pass one of them.")
             losses = closure
-        if losses is None:
+        from_grad = losses is None
+        if callable(losses):
+            closure = losses
+            losses = cast(Losses, self._evaluated(losses))
+            from_grad = self._info is not None and (losses is None or isinstance(losses, Tensor))
+        if from_grad:
             given = {
                 "scaler": scaler,
                 "other": other,
@@ -340,15 +346,12 @@ class MultiTaskOptimizer(SavedState):
                 self._info.host_reads += reads
             self._forget()
             return None
-        if callable(losses):
-            closure = losses
-            losses = cast(Losses, self._evaluated(losses))
         scaler = enabled_scaler(scaler, self.on_nonfinite)
         if scaler is not None:
             check_not_float16(self.params)
         with self._undone_on_error() as before:
             source = gram_source(self, representation, gram_losses, cuts, before)
-            info = self._backward(losses, scaler, accumulate=False, kept=before, other=other, source=source)
+            info = self._backward(cast(Losses, losses), scaler, accumulate=False, kept=before, other=other, source=source)
             if self._finish is None:
                 info.host_reads += self._step_inner(self._skip.on_device())
             if scaler is not None:
