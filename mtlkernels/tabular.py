@@ -62,7 +62,7 @@ def load_yeast(seed: int = 0) -> tuple[Table, Table]:
         MissingPackageError: river is not installed.
         ValueError: its file has other columns.
     """
-    path = _package_file("river", "datasets/yeast.csv.gz", "mtlkernels.tabular.load_yeast")
+    path = package_file("river", "datasets/yeast.csv.gz", "mtlkernels.tabular.load_yeast")
     with gzip.open(path, "rt") as lines:
         names, *rows = csv.reader(lines)
     expected = [*(f"Att{i}" for i in range(1, 104)), *(f"Class{i}" for i in range(1, 15))]
@@ -90,8 +90,8 @@ def load_qm9(num_molecules: int | None = None, seed: int = 0) -> tuple[Table, Ta
     """
     if num_molecules is not None and num_molecules < 5:
         raise ValueError(f"num_molecules is {num_molecules}; pass 5 or more, or None for all.")
-    paths = [_package_file("qm9pack", f"data/qm9_part{n}.csv", "mtlkernels.tabular.load_qm9") for n in (1, 2, 3)]
-    rows = [row for path in paths for row in _read_columns(path, ("Elements", "XYZ_Ang", *QM9_TASKS.values()))]
+    paths = [package_file("qm9pack", f"data/qm9_part{n}.csv", "mtlkernels.tabular.load_qm9") for n in (1, 2, 3)]
+    rows = [row for path in paths for row in read_columns(path, ("Elements", "XYZ_Ang", *QM9_TASKS.values()))]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:num_molecules].tolist()
     chosen = [rows[n] for n in order]
     inputs = torch.from_numpy(np.stack([_molecule(elements, positions) for elements, positions, *_ in chosen]))
@@ -99,7 +99,18 @@ def load_qm9(num_molecules: int | None = None, seed: int = 0) -> tuple[Table, Ta
     return _split(inputs, dict(zip(QM9_TASKS, targets.T, strict=True)), seed, scale_targets=True)
 
 
-def _package_file(package: str, file: str, purpose: str) -> Path:
+def package_file(package: str, file: str, purpose: str) -> Path:
+    """A data file of a package, which need not be importable.
+
+    Args:
+        package: the name of its module, and to install it by.
+        file: the path inside it.
+        purpose: what needs it, the subject of the error message.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+        ValueError: it has no such file.
+    """
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     if not folders:
@@ -112,7 +123,12 @@ def _package_file(package: str, file: str, purpose: str) -> Path:
     return path
 
 
-def _read_columns(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[list[str]]:
+    """The named columns of each row of a file of comma-separated values.
+
+    Raises:
+        ValueError: the file has no such column.
+    """
     with path.open(newline="") as lines:
         reader = csv.reader(lines)
         header = next(reader)

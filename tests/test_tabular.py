@@ -55,7 +55,7 @@ def test_qm9_of_a_small_file(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     for part, chosen in ((1, rows[:4]), (2, rows[4:7]), (3, rows[7:])):
         (tmp_path / f"data/qm9_part{part}.csv").write_text("\n".join([",".join(columns), *chosen]) + "\n")
-    monkeypatch.setattr(tabular, "_package_file", lambda package, file, purpose: tmp_path / file)
+    monkeypatch.setattr(tabular, "package_file", lambda package, file, purpose: tmp_path / file)
     train, test = load_qm9()
     assert (len(train), len(test)) == (8, 2)
     assert tuple(train.targets) == tuple(QM9_TASKS)
@@ -87,7 +87,7 @@ def test_files_that_are_not_there(monkeypatch, tmp_path):
         with pytest.raises(MissingPackageError, match=f"needs {name}, which is not installed.*pip install {name}"):
             load()
     monkeypatch.undo()
-    monkeypatch.setattr(tabular, "_package_file", lambda *_: tmp_path / "yeast.csv.gz")
+    monkeypatch.setattr(tabular, "package_file", lambda *_: tmp_path / "yeast.csv.gz")
     with gzip.open(tmp_path / "yeast.csv.gz", "wt") as lines:
         lines.write("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"starts with the columns \['a', 'b'\]"):
