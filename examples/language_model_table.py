@@ -242,44 +242,49 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         sizes.append([name, *(f"{len(value):,}" for part in parts for value in part)])
     script = "torchrun --nproc-per-node 2 examples/language_model.py"
     calls = [" ".join([script, *arguments(method, 0, steps)]) for method in METHODS]
-    about = (
-        f"Written by `python examples/language_model_table.py{options.changed}`: {options.seeds} seeds of {steps} steps, mean "
-        "± standard deviation. A seed has its own initial weights and order of the rows, the same for all methods; nothing was "
-        "tuned for a method. Two processes on CPUs with gloo, FSDP2, bfloat16 passes, float32 parameters; Python "
-        f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}."
-    )
-    columns = (
-        f"Bits per byte of {config.eval_rows} rows of each test part at the end, fewer is better; the mean of the domains less "
-        "that of plain AdamW with the same seed. Conflicts: pairs of domains with gradients of a negative cosine, over all "
-        "steps (and tensors, where each has its own weights); FAMO and plain AdamW do not know. Step: CPU time of a rank over "
-        "that of plain AdamW with the same seed. Peak: what a rank allocates in a step beyond what is there between steps. Plain AdamW "
-        "is the mean of the losses without a line of mtlkernels."
-    )
-    kill = (
-        f"Both ranks of one more run of {METHODS[KILLED]}, seed 0, killed themselves by SIGKILL after step "
-        f"{died_after(steps)}; `{script}` with the same arguments went on from the checkpoint of step "
-        f"{saved_before(died_after(steps), steps)}. Its log of {steps} steps (losses, norms, conflicts, bits per byte) and its last checkpoint (parameters, AdamW's "
-        "state, the weighting's, the place in the data, the schedule) have the same bits as those of the run that nobody disturbed: the "
-        "script compares them, and ends with an error otherwise."
-    )
-    model = (
-        f"A transformer over bytes of {number:,} parameters, all shared: {config.layers} layers of width {config.width}, "
-        f"{config.heads} heads, {config.context} bytes of context. A step has {config.batch} rows of each domain, half of them "
-        f"on each rank, in {config.micro_batches} micro-batches; AdamW at {config.lr}, warm-up and half a cosine to a tenth, "
-        f"clipped at {config.max_norm:g} (PCGrad's sum of {len(texts)} gradients at {len(texts)} times that). A micro-batch "
-        "has the rows of one domain and goes to `accumulate`, the last one of a step to `step`: the backward passes of all domains "
-        "together are as long as that of their mean, and one graph is there at a time. FAMO weighs losses, which have to be "
-        "there together, so it runs all rows of a step before its one backward pass, and once more after the step."
-    )
-    source = (
-        f"`examples/text_domains.py` takes them from what is installed, {config.max_bytes:,} bytes a domain at most, split by "
-        "document. `--domains python headers topics smiles` adds molecules, where qm9pack is installed."
-    )
+    about = one_line(f"""
+        Written by `python examples/language_model_table.py{options.changed}`: {options.seeds} seeds of {steps} steps, mean
+        ± standard deviation. A seed has its own initial weights and order of the rows, the same for all methods; nothing
+        was tuned for a method. Two processes on CPUs with gloo, FSDP2, bfloat16 passes, float32 parameters; Python
+        {platform.python_version()}, torch {torch.__version__.partition("+")[0]}.
+    """)
+    columns = one_line(f"""
+        Bits per byte of {config.eval_rows} rows of each test part at the end, fewer is better; the mean of the domains
+        less that of plain AdamW with the same seed. Conflicts: pairs of domains with gradients of a negative cosine, over
+        all steps (and tensors, where each has its own weights); FAMO and plain AdamW do not know. Step: CPU time of a rank
+        over that of plain AdamW with the same seed. Peak: what a rank allocates in a step beyond what is there between
+        steps. Plain AdamW is the mean of the losses without a line of mtlkernels.
+    """)
+    kill = one_line(f"""
+        Both ranks of one more run of {METHODS[KILLED]}, seed 0, killed themselves by SIGKILL after step
+        {died_after(steps)}; `{script}` with the same arguments went on from the checkpoint of step
+        {saved_before(died_after(steps), steps)}. Its log of {steps} steps (losses, norms, conflicts, bits per byte) and
+        its last checkpoint (parameters, AdamW's state, the weighting's, the place in the data, the schedule) have the same
+        bits as those of the run that nobody disturbed: the script compares them, and ends with an error otherwise.
+    """)
+    model = one_line(f"""
+        A transformer over bytes of {number:,} parameters, all shared: {config.layers} layers of width {config.width},
+        {config.heads} heads, {config.context} bytes of context. A step has {config.batch} rows of each domain, half of
+        them on each rank, in {config.micro_batches} micro-batches; AdamW at {config.lr}, warm-up and half a cosine to a
+        tenth, clipped at {config.max_norm:g} (PCGrad's sum of {len(texts)} gradients at {len(texts)} times that). A
+        micro-batch has the rows of one domain and goes to `accumulate`, the last one of a step to `step`: the backward
+        passes of all domains together are as long as that of their mean, and one graph is there at a time. FAMO weighs
+        losses, which have to be there together, so it runs all rows of a step before its one backward pass, and once more
+        after the step.
+    """)
+    source = one_line(f"""
+        `examples/text_domains.py` takes them from what is installed, {config.max_bytes:,} bytes a domain at most, split by
+        document. `--domains python headers topics smiles` adds molecules, where qm9pack is installed.
+    """)
     image = "![Bits per byte of each domain over steps, and less those of plain AdamW](language_model.png)"
     each = "Each run is one of these, with its `--seed` and a `--folder` for its checkpoints:"
     parts = ["# A language model on three kinds of text", about, table(rows_of(runs)), verdict(runs), columns, image]
     parts += ["## Killed and resumed", kill, "## Model", model, "## Texts", source, table(sizes)]
     return "\n\n".join([*parts, "## Commands", each, "```\n" + "\n".join(calls) + "\n```"]) + "\n"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def picture(runs: dict[str, list[Run]]) -> plot.Figure:
