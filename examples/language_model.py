@@ -57,8 +57,8 @@ class Config:
     per: str = "model"
     domains: tuple[str, ...] = DEFAULT
     seed: int = 0
-    steps: int = 192
-    warmup: int = 20
+    steps: int = 96
+    warmup: int = 10
     lr: float = 3e-3
     weight_decay: float = 0.1
     max_norm: float = 1.0
@@ -70,9 +70,9 @@ class Config:
     heads: int = 2
     precision: str = "bfloat16"
     max_bytes: int = 1_000_000
-    eval_every: int = 16
+    eval_every: int = 8
     eval_rows: int = 64
-    save_every: int = 32
+    save_every: int = 16
 
     def check(self, ranks: int) -> None:
         """Raises a ``ValueError`` for values that do not fit each other or the number of ranks."""
