@@ -79,6 +79,8 @@ class Config:
         for name in ("steps", "batch", "micro_batches", "context", "width", "layers", "heads", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; pass 1 or more.")
+        if self.method == "plain" and self.per != "model":
+            raise ValueError(f"per is {self.per!r}, and plain AdamW has no weights; pass per='model', or another method.")
         for name, value, parts in (
             ("batch", self.batch, ranks * self.micro_batches),
             ("eval_rows", self.eval_rows, ranks),
@@ -310,10 +312,13 @@ class Trainer:
         return state
 
     def _save(self, folder: Path) -> None:
-        """Ends with a file whose presence says that it is complete."""
-        dcp.save(self._state(), checkpoint_id=folder / f"step-{self.step_number:07d}")
+        """The log first, whose lines past a checkpoint do no harm; a checkpoint's last file says that it is complete."""
+        for line in self.lines:
+            line.update({name: value.tolist() for name, value in line.items() if isinstance(value, Tensor)})
         if self.rank == 0:
             write_lines(folder / "log.jsonl", self.lines)
+        dcp.save(self._state(), checkpoint_id=folder / f"step-{self.step_number:07d}")
+        if self.rank == 0:
             for old in checkpoints(folder)[:-KEPT]:
                 shutil.rmtree(old)
 
@@ -362,12 +367,8 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Replaces the file at once, so that it is never half written."""
-
-    def number(value: Tensor) -> Any:
-        return value.tolist()
-
     temporary = path.with_suffix(".new")
-    temporary.write_text("".join(json.dumps(line, default=number) + "\n" for line in lines))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     os.replace(temporary, path)
 
 
@@ -396,7 +397,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Config, Path | None]:
         many = {"nargs": "+", "type": str} if field.name == "domains" else {"type": type(field.default)}
         flag, default = "--" + field.name.replace("_", "-"), field.default
         parser.add_argument(flag, default=default, choices=choices.get(field.name), help=f"(default: {default})", **many)  # type: ignore[arg-type]
-    parser.add_argument("--folder", type=Path, help="of checkpoints and log.jsonl; a run that is there goes on")
+    parser.add_argument("--folder", type=Path, help="of checkpoints and log.jsonl, seen by all ranks; a run in it goes on")
     options = vars(parser.parse_args(argv))
     folder = options.pop("folder")
     return Config(**{**options, "domains": tuple(options["domains"])}), folder

@@ -51,6 +51,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(workers, tmp_path, method, pe
     assert same(run(workers, 2, options, str(tmp_path))[0], undisturbed[0])
 
 
+def test_a_checkpoint_that_was_not_completed_does_not_count(workers, tmp_path):
+    """The log may be ahead of the checkpoint: its lines of the steps that are taken again are dropped."""
+    done = run(workers, 2, {"method": "mean"}, str(tmp_path))[0]
+    first, last = example.checkpoints(tmp_path)
+    assert (first.name, last.name) == ("step-0000006", "step-0000008")
+    (last / ".metadata").unlink()
+    assert same(run(workers, 2, {"method": "mean"}, str(tmp_path))[0], done)
+    assert example.checkpoints(tmp_path) == [first, last]
+
+
 @pytest.mark.parametrize(("method", "per", "without"), PARTS)
 def test_every_part_of_a_checkpoint_counts(workers, tmp_path, method, per, without):
     """A run that goes on without a part ends elsewhere, so that the tests of whole runs can tell."""
@@ -106,6 +116,7 @@ def test_ranks_share_the_rows_of_each_domain():
         ({"eval_rows": 3}, "eval_rows is 3"),
         ({"width": 15}, "width is 15"),
         ({"steps": 0}, "steps is 0"),
+        ({"method": "plain", "per": "tensor"}, "plain AdamW has no weights"),
         ({"eval_rows": 2000}, "a test part has"),
     ],
 )
