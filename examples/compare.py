@@ -235,10 +235,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rest))
 
 
-def parse_page(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_page(parser: argparse.ArgumentParser, argv: Sequence[str] | None, steps: int = 400) -> argparse.Namespace:
     """The parser's options, and those of a page about training runs: seeds, steps, output and quick."""
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the page")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(argv)

@@ -13,6 +13,7 @@ Nothing is downloaded. Other versions of the packages have other texts, so figur
 """
 
 import hashlib
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -50,12 +51,12 @@ class Text:
 def python_sources() -> Iterator[tuple[str, bytes]]:
     """Python's library without tests, tables of encodings and the topics, which are a domain of their own."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    return _files(Path(sysconfig.get_paths()["stdlib"]), ("**/*.py",), left_out)
+    return _files(Path(sysconfig.get_paths()["stdlib"]), ("",), ".py", left_out)
 
 
 def headers() -> Iterator[tuple[str, bytes]]:
     """torch's headers without ATen/ops, thousands of generated files that are alike."""
-    return _files(Path(torch.__file__).parent / "include", ("ATen/**/*.h", "c10/**/*.h", "torch/csrc/**/*.h"), {"ops"})
+    return _files(Path(torch.__file__).parent / "include", ("ATen", "c10", "torch/csrc"), ".h", {"ops"})
 
 
 def topics() -> Iterator[tuple[str, bytes]]:
@@ -131,11 +132,15 @@ def _split(domain: str, documents: Iterable[tuple[str, bytes]], max_bytes: int) 
     return Text(train, test, tuple(names["train"]), tuple(names["test"]))
 
 
-def _files(root: Path, patterns: Sequence[str], left_out: set[str]) -> Iterator[tuple[str, bytes]]:
-    """In an order that mixes folders."""
-    found = {path.relative_to(root) for pattern in patterns for path in root.glob(pattern)}
-    for path in sorted((p for p in found if not left_out & set(p.parts)), key=lambda p: (_number(p.as_posix()), p)):
-        yield path.as_posix(), (root / path).read_bytes()
+def _files(root: Path, folders: Sequence[str], suffix: str, left_out: set[str]) -> Iterator[tuple[str, bytes]]:
+    """Of the folders in ``root`` and those in them, but for folders ``left_out``; in an order that mixes folders."""
+    found = []
+    for top in folders:
+        for folder, inner, files in os.walk(root / top):
+            inner[:] = [name for name in inner if name not in left_out]
+            found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(suffix)]
+    for name in sorted(found, key=lambda name: (_number(name), name)):
+        yield name, (root / name).read_bytes()
 
 
 def _number(name: str) -> int:
