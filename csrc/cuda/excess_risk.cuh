@@ -7,7 +7,9 @@
 // or so small that terms underflowed, is summed again in float64, and so is every chunk where factor or epsilon leave float32's
 // range.
 
-#include "gram.cuh"
+#include "../common/launch_plan.h"
+#include "reduce.cuh"
+#include "vec.cuh"
 
 namespace mtlkernels {
 
@@ -32,6 +34,7 @@ struct ExcessRow {
   const Sum<T>* memory;
   S factor, epsilon;
 
+  __device__ double operator[](int64_t e) const { return double(widen(grad[e])); }  // of the gradient
   __device__ S term(T g, Sum<T> kept) const { return excess(factor * S(widen(g)), S(kept), epsilon); }
 };
 
@@ -87,8 +90,7 @@ __global__ void __launch_bounds__(kExcessThreads)
     const ExcessRow<T, S> row{grad, memory, S(factor), S(epsilon)};
     excess_of_chunk(row, chunk.begin, vectors_end, chunk.end, reinterpret_cast<S*>(scratch), total);
     wide = sizeof(S) == 4 && out_of_range(total[0]);
-    if (wide && total[0] == 0) wide = any_nonzero(GradientRows::Row<T>{grad}, chunk.begin, chunk.end);
-    __syncthreads();  // every thread has read the total that may be written again
+    if (wide && total[0] == 0) wide = any_nonzero(row, chunk.begin, chunk.end);
   }
   if (wide) {
     const ExcessRow<T, double> row{grad, memory, factor, epsilon};

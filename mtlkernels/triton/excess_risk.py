@@ -55,7 +55,9 @@ def _fits_float(factor):
 @triton.jit
 def _terms(grad, memory, offsets, mask, factor, epsilon, T: tl.constexpr, S: tl.constexpr, ALIGNED: tl.constexpr):
     """What the elements of a tile add, computed as the type of ``factor``; 0 outside of ``mask``."""
-    h = factor * load_row(grad, offsets, mask, T, ALIGNED).to(factor.dtype)
+    # As many elements of both a thread, so that a warp's loads of either leave no gaps.
+    few: tl.constexpr = VECTOR_BYTES * T.primitive_bitwidth // S.primitive_bitwidth
+    h = factor * load_row(grad, offsets, mask, T, ALIGNED, few).to(factor.dtype)
     kept = load_row(memory, offsets, mask, S, ALIGNED).to(factor.dtype)
     square = h * h
     root = kept + square + epsilon
