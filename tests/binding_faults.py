@@ -9,7 +9,10 @@ ADAPTIVE, MEMORY, GRAM, FINISH, EXCESS = (
 )
 FAULTS = [
     (ADAPTIVE, r"data_ptr\(\)\) \+ n", 'data_ptr()) + (fault("radius of the first") ? 0 : n)'),
-    *((binding, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);') for binding in (ADAPTIVE, MEMORY, FINISH, EXCESS)),
+    *(
+        (binding, r"guard\((.*)\);", r'guard(fault("device guard") ? 0 : \1);')
+        for binding in (ADAPTIVE, MEMORY, FINISH, EXCESS)
+    ),
     *((binding, r"numel\}\);", 'numel - (fault("last element") ? 1 : 0)});') for binding in (MEMORY, FINISH, EXCESS)),
     (
         ADAPTIVE,

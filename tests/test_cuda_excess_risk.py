@@ -188,7 +188,9 @@ def test_compiled_code_has_no_spills_and_leaves_room_for_warps(dtype, arch):
     assert used["registers"] <= (80 if dtype is FLOAT64 else 64)  # three or four blocks of 256 threads fit beside each other
 
 
-@pytest.mark.parametrize("fault", ["device guard", "last element", "factor of the first", "sums of the first", "last chunk", "none"])
+@pytest.mark.parametrize(
+    "fault", ["device guard", "last element", "factor of the first", "sums of the first", "last chunk", "none"]
+)
 def test_a_planted_fault_is_caught(monkeypatch, fault):
     monkeypatch.setenv("PLANTED_FAULT", fault)
 

@@ -8,7 +8,19 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, excess_risk, finish, graddrop, gradient_dropout, gram, gram_combine, memory, perturb, priority, trimmed_mean
+from . import (
+    combine,
+    excess_risk,
+    finish,
+    graddrop,
+    gradient_dropout,
+    gram,
+    gram_combine,
+    memory,
+    perturb,
+    priority,
+    trimmed_mean,
+)
 
 OPS = {
     "gram": gram.gram,

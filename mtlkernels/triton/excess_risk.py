@@ -27,7 +27,6 @@ from .launch import (
     addresses,
     by_kernel,
     chip_of,
-    contiguous,
     guard,
     lie_alike,
     table_of,
@@ -110,13 +109,12 @@ def excess_chunks(table, factors, scalars, sums, num_tensors, T: tl.constexpr, E
             again = _out_of_range(total)
             if total == 0:
                 again = _any_nonzero(grad, count, T, E)
-    if S == tl.float32:
-        if again:
-            wide = tl.zeros([E], tl.float64)
-            for start in range(0, count, E):
-                offsets = start + lanes
-                wide += _terms(grad, memory, offsets, offsets < count, factor, epsilon, T, S, False)
-            total = tl.sum(wide, 0)
+    if again:
+        wide = tl.zeros([E], tl.float64)
+        for start in range(0, count, E):
+            offsets = start + lanes
+            wide += _terms(grad, memory, offsets, offsets < count, factor, epsilon, T, S, False)
+        total = tl.sum(wide, 0)
     tl.store(sums + index + number, total)
 
 
@@ -162,10 +160,11 @@ def plan(rows: Sequence[Sequence[Tensor]], tasks: Sequence[int], factor: Tensor,
 def excess_risk(flat: Sequence[Tensor | None], memory: Sequence[Tensor], factor: Tensor, epsilon: float) -> Tensor:
     """The op ``excess_risk``. A gradient that does not lie in memory as its memory does is copied."""
     _check_excess(flat, memory, factor)
-    rows, tasks = [], []
+    rows: list[list[Tensor]] = []
+    tasks: list[int] = []
     for i, (grad, own) in enumerate(zip(flat, memory, strict=True)):
         if grad is not None:
-            rows.append([grad, own] if lie_alike([grad, own]) else contiguous([grad, own]))
+            rows.append([grad, own] if lie_alike([grad, own]) else [grad.contiguous(), own.contiguous()])
             tasks.append(i * factor.shape[0] // len(flat))
     with guard(factor.device):
         launches, result = plan(rows, tasks, factor, epsilon)
