@@ -35,16 +35,24 @@ def _check_memory(out: Sequence[Tensor], memory: Sequence[Tensor], flat: Flat, f
     rows: list[list[Tensor | None]] = [*_nest(flat, num_tasks), [*out]]
     check_gradients(rows, names=[*(f"grads[{k}]" for k in range(num_tasks)), "out"])
     for k, row in enumerate(_nest(memory, num_tasks)):
-        for n, (own, like) in enumerate(zip(row, out, strict=True)):
-            own = cast(Tensor, own)
-            kind = (like.shape, memory_dtype(like.dtype), like.device)
-            if (own.shape, own.dtype, own.device) != kind:
-                raise ValueError(
-                    f"memory[{k}][{n}] is {tuple(own.shape)} {own.dtype} on {own.device}; gradients of {like.dtype} take "
-                    f"{tuple(like.shape)} {kind[1]} on {like.device}."
-                )
-    if any(t is not None for t in (*flat, *out)) and factors.device != reference.device_of(rows):
-        raise ValueError(f"factors is on {factors.device}, the gradients are on {reference.device_of(rows)}.")
+        for n, (own, model) in enumerate(zip(row, out, strict=True)):
+            _check_one_memory(cast(Tensor, own), model, f"memory[{k}][{n}]")
+    _check_factors(factors, "factors", rows)
+
+
+def _check_one_memory(memory: Tensor, grad: Tensor, name: str) -> None:
+    kind = (grad.shape, memory_dtype(grad.dtype), grad.device)
+    if (memory.shape, memory.dtype, memory.device) != kind:
+        raise ValueError(
+            f"{name} is {tuple(memory.shape)} {memory.dtype} on {memory.device}; gradients of {grad.dtype} take "
+            f"{tuple(grad.shape)} {kind[1]} on {grad.device}."
+        )
+
+
+def _check_factors(factors: Tensor, name: str, rows: Sequence[Sequence[Tensor | None]]) -> None:
+    device = reference.device_of(rows)
+    if any(t is not None for row in rows for t in row) and factors.device != device:
+        raise ValueError(f"{name} is on {factors.device}, the gradients are on {device}.")
 
 
 def _memory_combine_fake(out: Sequence[Tensor], memory: Sequence[Tensor], flat: Flat, factors: Tensor, squares: bool) -> None:
@@ -113,32 +121,49 @@ def memory_combine_(
 # --- excess_risk --------------------------------------------------------------------------------------------------------
 
 
+def _check_excess(flat: Flat, memory: Sequence[Tensor], factor: Tensor) -> None:
+    if factor.dim() != 1 or factor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"factor is {factor.dtype} of shape {tuple(factor.shape)}; pass float64 [K].")
+    rows = _nest(flat, len(factor))
+    if len(memory) != len(flat):
+        raise ValueError(f"grads lists {len(flat)} tensors and memory {len(memory)}; pass as many.")
+    check_gradients(rows)
+    for k, (row, kept) in enumerate(zip(rows, _nest(memory, len(factor)), strict=True)):
+        for n, (grad, own) in enumerate(zip(row, kept, strict=True)):
+            if grad is not None:
+                _check_one_memory(cast(Tensor, own), grad, f"memory[{k}][{n}]")
+    _check_factors(factor, "factor", rows)
+
+
 def _excess_risk_fake(flat: Flat, memory: Sequence[Tensor], factor: Tensor, epsilon: float) -> Tensor:
-    return factor.new_empty(factor.shape)
+    _check_excess(flat, memory, factor)
+    return factor.new_empty(factor.shape, dtype=torch.float64)
 
 
 def _excess_risk_reference(flat: Flat, memory: Sequence[Tensor], factor: Tensor, epsilon: float) -> Tensor:
     """sum_e h^2 / sqrt(S + h^2 + epsilon) of each task, h = factor_k g_k; S are sums of earlier squares, as they stay.
 
     Args:
-        flat: K times N gradients end to end. None counts as zero.
-        memory: K times N tensors S.
-        factor: float64 [K].
-        epsilon: within the root.
+        flat: K times N gradients end to end. None counts as zero, and its memory is not looked at.
+        memory: K times N tensors S, 0 or more, float64 beside float64 gradients, else float32.
+        factor: [K].
+        epsilon: within the root. Kernels compute in float32 where it and the factors are within 2^-100 and 2^100, else in
+            float64 (factors may be 0).
 
     Returns:
         float64 [K].
     """
+    _check_excess(flat, memory, factor)
     num_tasks = factor.shape[0]
     totals = []
-    for row, kept, own in zip(_nest(flat, num_tasks), _nest(memory, num_tasks), factor.unbind(0), strict=True):
+    for row, kept, own in zip(_nest(flat, num_tasks), _nest(memory, num_tasks), factor.double().unbind(0), strict=True):
         total = torch.zeros((), dtype=torch.float64, device=factor.device)
         for grad, sums in zip(row, kept, strict=True):
             if grad is not None:
                 square = (own * grad.double()).square()
                 total = total + (square / (cast(Tensor, sums).double() + square + epsilon).sqrt()).sum()
         totals.append(total)
-    return torch.stack(totals) if totals else factor.new_zeros(0)
+    return torch.stack(totals) if totals else factor.new_zeros(0, dtype=torch.float64)
 
 
 define(
@@ -151,7 +176,8 @@ define(
 def excess_risk(
     memory: Sequence[Sequence[Tensor]], grads: Sequence[Sequence[Tensor | None]], factor: Tensor, epsilon: float
 ) -> Tensor:
-    """The op ``excess_risk`` on K lists of N tensors, as its reference says."""
+    """The op ``excess_risk`` on K lists of N tensors, as its reference says. One read of both."""
     flat, kept = [t for row in grads for t in row], [t for row in memory for t in row]
     op = torch.ops.mtlkernels.excess_risk.default
-    return cast(Tensor, _call(op, "excess_risk", lambda: check_gradients(grads), flat, kept, factor, epsilon))
+    result = _call(op, "excess_risk", lambda: _check_excess(flat, kept, factor), flat, kept, factor, epsilon)
+    return cast(Tensor, result)

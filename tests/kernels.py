@@ -21,7 +21,7 @@ from torch import Tensor
 import mtlkernels as mtl
 from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.gram_combine import gram_combine_
-from mtlkernels.memory import memory_combine_, memory_dtype
+from mtlkernels.memory import excess_risk, memory_combine_, memory_dtype
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -229,6 +229,12 @@ def _memory_combine(num_tasks: int, dtype: torch.dtype) -> Call:
     return Call(lambda: memory_combine_(out, memory, grads, factors), [*tensors, *out], CHUNK)
 
 
+def _excess_risk(num_tasks: int, dtype: torch.dtype) -> Call:
+    grads, factor = _gradients(num_tasks, dtype), torch.ones(num_tasks, dtype=torch.float64)
+    memory = [[t.square().to(memory_dtype(dtype)) for t in row] for row in _gradients(num_tasks, torch.float64)]
+    return Call(lambda: excess_risk(memory, grads, factor, 1e-7), [row[0] for row in [*grads, *memory]], CHUNK)
+
+
 OPS = {
     "gram": _gram,
     "cross_gram": _cross_gram,
@@ -247,6 +253,7 @@ OPS = {
     "trimmed_mean by 3": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, 3),
     "median": lambda num_tasks, dtype: _trimmed_mean(num_tasks, dtype, num_tasks),
     "memory_combine_": _memory_combine,
+    "excess_risk": _excess_risk,
     "combine_sgd_": _combine_sgd,
     "combine_adam_": _combine_adam,
 }

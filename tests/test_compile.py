@@ -241,6 +241,12 @@ OPCHECKS = {
         OPS.excess_risk,
         ([torch.ones(4, 3), None], [torch.ones(4, 3), torch.ones(4, 3)], W2.abs(), 1e-7),
     ),
+    "excess_risk, strided": lambda: (
+        OPS.excess_risk,
+        (strided(), [torch.ones_like(t) for t in strided()], W2.float(), 0.0),
+    ),
+    "excess_risk, none": lambda: (OPS.excess_risk, ([None, None], flat(2, [(8,)]), W2, 1e-7)),
+    "excess_risk, empty": lambda: (OPS.excess_risk, ([], [], W2, 1e-7)),
     "combine_sgd_": lambda: (
         OPS.combine_sgd_,
         (flat(1, [(4, 3), ()], seed=1), [], flat(2, [(4, 3), ()]), W2, rate(), None, 0.0, 0.0, 0.1, False, True, False),

@@ -59,7 +59,7 @@ OPS = {
 }
 COMPILED = {
     "gram", "cross_gram", "paired_gram", "combine", "combine_", "combine_channels", "combine_channels_", "mix", "perturb_",
-    "memory_combine_", "gram_combine_",
+    "memory_combine_", "excess_risk", "gram_combine_",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import ptxsim
 import pytest
 import sass
 import test_cuda_combine
+import test_cuda_excess_risk
 import test_cuda_finish
 import test_cuda_flat
 import test_cuda_gradient_dropout
@@ -246,6 +247,34 @@ def test_faults_of_the_finish(plant, fault):
     plant(f"cuda/{file}", (old, new))
     with pytest.raises((SimError, AssertionError)):
         test_cuda_finish.run_kernel()
+
+
+EXCESS_FAULTS = {
+    "a dropped tail": ("e < end; e += kExcessThreads", "e < 0; e += kExcessThreads", {}),
+    "a tail out of bounds": ("e < end; e += kExcessThreads", "e <= end; e += kExcessThreads", {}),
+    "a vector too many": ("* Beside<T>::lanes : chunk.begin", "* Beside<T>::lanes + 4 : chunk.begin", {}),
+    "a batch that is left out": (
+        "i < kExcessBatch; ++i) {\n      if (e + i * step >= vectors_end) continue;\n      S few",
+        "i < 1; ++i) {\n      S few",
+        {},
+    ),
+    "a misaligned gradient": ("is_aligned(grad) && is_aligned(memory)", "is_aligned(memory)", {"offset": 1}),
+    "no factor": ("excess(factor * S(", "excess(S(", {}),
+    "a gradient that is not in the root": ("h * h + (memory + epsilon)", "memory + epsilon", {}),
+    "squares that overflow unseen": (" + (square - square);", ";", {"size": 1e21}),
+    "a memory that overflows unseen": (" + (square - square);", ";", {"size": 1e19, "kept": 3e38}),
+    "terms that underflow": ("&& out_of_range(total[0])", "&& !(total[0] < 0x1p127)", {"size": 1e-25}),
+    "terms that underflow to 0": ("wide = any_nonzero", "wide = false && any_nonzero", {"size": 1e-38}),
+    "sums in one place": ("[chunk.begin / kDeviceChunk] =", "[0] =", {}),
+}
+
+
+@pytest.mark.parametrize("fault", EXCESS_FAULTS)
+def test_faults_of_the_excess_risk(plant, fault):
+    old, new, options = EXCESS_FAULTS[fault]
+    plant("cuda/excess_risk.cuh", (old, new))
+    with pytest.raises((SimError, AssertionError)):
+        test_cuda_excess_risk.run_kernel(**options)
 
 
 # --- indices ------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import mtlkernels as mtl
 from mtlkernels.dispatch import use_backend
 from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.gram_combine import gram_combine_
-from mtlkernels.memory import memory_combine_, memory_dtype
+from mtlkernels.memory import excess_risk, memory_combine_, memory_dtype
 
 pytestmark = requires_nvcc
 
@@ -215,6 +215,7 @@ def test_every_cuda_op_is_in_one_of_these_tests():
         "paired_gram",  # test_cuda_flat.py
         "perturb_",
         "memory_combine_",  # test_cuda_memory.py
+        "excess_risk",  # test_cuda_excess_risk.py
         "combine_sgd_",  # test_cuda_finish.py
         "combine_adam_",
         "graddrop",  # test_graddrop.py and test_cuda_graddrop.py
@@ -234,6 +235,11 @@ def move(grads: list[list[Tensor]]) -> None:
     out = [torch.empty_like(t) for t in grads[0]]
     memory = [[torch.zeros_like(t, dtype=memory_dtype(t.dtype)) for t in row] for row in grads]
     memory_combine_(out, memory, grads, torch.ones(3, len(grads), dtype=torch.float64))
+
+
+def risks(grads: list[list[Tensor]]) -> None:
+    memory = [[torch.ones_like(t, dtype=memory_dtype(t.dtype)) for t in row] for row in grads]
+    excess_risk(memory, grads, torch.ones(len(grads), dtype=torch.float64), 1e-7)
 
 
 def finish(grads: list[list[Tensor]]) -> None:
@@ -259,6 +265,7 @@ def test_every_kernel_is_launched_by_an_op():
                     mtl.flat_gram(grads, grads)
                 mtl.perturb_([t.clone() for t in grads[0]], grads[0], 0.1)
                 move(grads)
+                risks(grads)
                 finish(grads)
                 mtl.aggregate(grads, "graddrop")
                 for trim in {min(trim, (num_tasks - 1) // 2) for trim in (1, 3, 8, 31)}:
@@ -387,6 +394,7 @@ FAILING = {
     "flat_gram": lambda grads: mtl.flat_gram(grads, grads),
     "perturb_": lambda grads: mtl.perturb_(grads[0], grads[1], 0.1, adaptive=True),
     "memory_combine_": lambda grads: move(grads),
+    "excess_risk": lambda grads: risks(grads),
     "gradient_dropout": lambda grads: mtl.gradient_dropout(grads[0]),
     "graddrop": lambda grads: mtl.aggregate(grads, "graddrop"),
     "trimmed_mean": lambda grads: mtl.aggregate(grads, "trimmed_mean"),
@@ -398,7 +406,10 @@ FAILING = {
 
 @pytest.mark.parametrize(
     ("call", "number"),
-    [("gram", 1), ("connection_strength", 1), ("combine_sgd_ and combine_adam_", 1), *((call, 0) for call in FAILING)],
+    [
+        *((call, 1) for call in ("gram", "excess_risk", "connection_strength", "combine_sgd_ and combine_adam_")),
+        *((call, 0) for call in FAILING),
+    ],
 )
 def test_a_launch_that_fails_raises_what_cuda_says(call, number):
     grads = random_gradients(3, [(5,), (9,)])

@@ -29,6 +29,7 @@ def priority_combine_twice(grads: Rows, out: list[Tensor]) -> Callable[[], objec
 EXPECTED = {
     "gram": (Case("traffic:gram", LARGE, 3), 3, 0),
     "flat_gram": (Case("traffic:flat_gram", LARGE, 4), 4, 0),
+    "excess_risk": (Case("traffic:excess", LARGE, 4), 4, 0),
     "combine": (Case("traffic:combine", LARGE, 3), 3, 1),
     # The gradients for the norm, then parameters and gradients.
     "perturb_, beyond the cache": (Case("traffic:perturb", LARGE, 2), 3, 1),

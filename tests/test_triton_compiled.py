@@ -17,6 +17,7 @@ from mtlkernels.gradient_dropout import MODES
 from mtlkernels.memory import memory_dtype
 from mtlkernels.triton import (
     combine,
+    excess_risk,
     finish,
     graddrop,
     gradient_dropout,
@@ -134,6 +135,7 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     ones, lr = torch.ones(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    launches += excess_risk.plan([[row[0], row[-1]] for row in rows], [0] * len(rows), ones, 1e-7)[0]
     for moved, steps in (2, []), (3, [torch.ones(())] * 2):
         states = [[torch.empty_like(c[0]) for _ in range(moved)] for c in columns]
         launches += finish.plan(columns, states, steps, ones, lr, None, [0.0] * 6, 0)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import mtlkernels as mtl
+from mtlkernels.memory import excess_risk
 
 ROOT = Path(__file__).parent.parent
 LINE = 64
@@ -76,6 +77,13 @@ def flat_gram(grads: Rows, out: list[Tensor]) -> Callable[[], object]:
     """Of the first half of the rows, with the second half as SAM gradients."""
     half = len(grads) // 2
     return lambda: mtl.flat_gram(grads[:half], grads[half:])
+
+
+def excess(grads: Rows, out: list[Tensor]) -> Callable[[], object]:
+    """Of the first half of the rows, with the squares of the second half as memories."""
+    half = len(grads) // 2
+    memory, factor = [[t.square() for t in row] for row in grads[half:]], torch.ones(half, dtype=torch.float64)
+    return lambda: excess_risk(memory, grads[:half], factor, 1e-7)
 
 
 def combine(grads: Rows, out: list[Tensor]) -> Callable[[], object]:

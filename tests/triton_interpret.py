@@ -16,6 +16,7 @@ from helpers import (
     snapshot,
     to_numpy,
 )
+from test_excess_risk import check as check_risks
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from test_memory_ops import check, factors_of
 
@@ -99,6 +100,19 @@ def test_memories(num_tasks, squares):
     grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
     check(grads, factors_of(num_tasks), squares)
     check(grads, factors_of(num_tasks), squares, out=list(grads[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", [1, 5])
+def test_excess_risks(num_tasks, dtype):
+    grads = random_gradients(num_tasks, SHAPES, dtype)
+    grads[-1][1] = LAYOUTS["transposed"](grads[-1][1])
+    grads[0][0] = LAYOUTS["misaligned"](grads[0][0].view(1, -1)).view(-1)
+    check_risks(grads)
+    check_risks([[t * (1e-20 if dtype != torch.float16 else 0) for t in row] for row in grads])
+    check_risks([[t * (1e20 if dtype != torch.float16 else 1) for t in row] for row in grads], epsilon=1e-50)
+    with pytest.raises(ValueError, match="grads lists 4 tensors and memory 0; pass as many"):
+        torch.ops.mtlkernels.excess_risk(grads[0], [], torch.ones(1), 1e-7)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 5])

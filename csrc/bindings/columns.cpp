@@ -126,7 +126,7 @@ void Columns::add(const TensorList& grads, int64_t n, int64_t num_columns, int64
                   const std::vector<Tensor>* out, std::vector<View>& views, std::vector<int64_t>& present) {
   views.clear();
   present.clear();
-  int column_dtype = num_wide_ > 0 ? int(view((*out)[n], -1, n).dtype) : -1;
+  int column_dtype = out && num_wide_ > 0 ? int(view((*out)[n], -1, n).dtype) : -1;
   for (int64_t k = 0; k < num_tasks + num_out_; ++k) {
     const bool is_out = k >= num_tasks;
     if (!is_out && !grads[k * num_columns + n]) continue;

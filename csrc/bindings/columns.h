@@ -42,8 +42,8 @@ class Columns {
  public:
   /// `grads` and `out` must outlive this. `row_major`: element i of a column is its i-th in logical order, channels being rows;
   /// otherwise any common order of a dense column will do. `out` holds num_out results per column, result-major, or is null.
-  /// `logical`: element i is the i-th in logical order, within channels, too. The last `num_wide` rows are float64 beside
-  /// float64 results, else float32.
+  /// `logical`: element i is the i-th in logical order, within channels, too. The last `num_wide` rows, of which none is
+  /// absent, are float64 beside float64 results (or, without results, float64 rows before them), else float32.
   Columns(const TensorList& grads, int64_t num_tasks, bool row_major, const std::vector<Tensor>* out = nullptr,
           int64_t num_out = 0, bool logical = false, int64_t num_wide = 0);
 

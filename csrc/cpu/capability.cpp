@@ -19,6 +19,7 @@ namespace mtlkernels::cpu {
   void perturb(const Column& column, double radius, bool adaptive, int64_t begin, int64_t end, const Output& out);             \
   void memory_combine(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,                   \
                       const Output& out);                                                                                      \
+  double excess_risk(const Column& column, double factor, double epsilon, int64_t begin, int64_t end);                         \
   void priority_inner(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);              \
   void priority_combine(const Column& column, const Channels& channels, const double* alpha, int64_t begin, int64_t end,       \
                         const Output& out);                                                                                    \
@@ -44,6 +45,7 @@ namespace {
    isa::combine_adam,     \
    isa::perturb,          \
    isa::memory_combine,   \
+   isa::excess_risk,      \
    isa::priority_inner,   \
    isa::priority_combine, \
    isa::graddrop,         \

@@ -105,6 +105,10 @@ struct Kernels {
   void (*memory_combine)(const Column& column, const double* factors, bool squares, int64_t begin, int64_t end,
                          const Output& out);
 
+  /// sum_e h^2 / sqrt(S + h^2 + epsilon), h = factor g, over elements [begin, end) of a column of a gradient g and its memory
+  /// S, which is float64 or float32 as the column's dtype is float64 or not.
+  double (*excess_risk)(const Column& column, double factor, double epsilon, int64_t begin, int64_t end);
+
   /// Adds <row i, row j> over those elements of [begin, end) whose channel has top task i to inner[num_rows][num_rows].
   void (*priority_inner)(const Column& column, const Channels& channels, int64_t begin, int64_t end, double* inner);
 

@@ -12,9 +12,6 @@
 
 namespace mtlkernels {
 
-/// Whether a float32 sum of squares says nothing certain about its chunk: overflow, NaN, or so small that products underflowed.
-__device__ inline bool out_of_range(double square) { return !(square < 0x1p127) || square < 0x1p-96; }
-
 /// sums[pair] += the products of `lanes` elements of K rows. A pair's products are added up before they meet its sum, for one
 /// rounding of the sum instead of `lanes`.
 template <typename S, int K, int lanes>
@@ -84,15 +81,6 @@ __device__ __forceinline__ void product_in_float64(const Row& a, const Row& b, i
 #pragma unroll 1
   for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) sum[0] += a[e] * b[e];
   block_sum<1>(sum, scratch, out);
-}
-
-/// Whether a row has an element that is not 0. Contract: all threads of the block call it; one barrier.
-template <typename Row>
-__device__ __forceinline__ bool any_nonzero(const Row& row, int64_t begin, int64_t end) {
-  bool any = false;
-#pragma unroll 1
-  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) any |= row[e] != 0;
-  return __syncthreads_or(any);
 }
 
 /// Sums a chunk's products again in float64 where float32 cannot hold them; rare, so small rather than fast.

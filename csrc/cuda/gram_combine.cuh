@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(kGramThreads, K == 8 ? 2 : 3)
   const CombineArguments arguments(table, chunk.tensor);
   bool wild = false;
   if (threadIdx.x < K) {
-    const double weight = arguments.weight(threadIdx.x), size = fabs(weight);
+    const double weight = arguments.weight(threadIdx.x);
     weights[threadIdx.x] = Sum<T>(weight);
-    wild = sizeof(Sum<T>) == 4 && size != 0 && !(size > 0x1p-100 && size < 0x1p100);
+    wild = sizeof(Sum<T>) == 4 && !fits_float(weight);
   }
   const bool wide = __syncthreads_or(wild);  // and the weights are there
   const WaitingResults<T> results{weights, reinterpret_cast<T*>(waiting), arguments, chunk.begin, wide};

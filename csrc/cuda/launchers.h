@@ -81,6 +81,11 @@ const char* trimmed_mean(DType dtype, const std::vector<PlannedTensor>& tensors,
 const char* memory_combine(DType dtype, const std::vector<PlannedTensor>& tensors, int num_tasks, const double* factors,
                            bool squares, Stream stream);
 
+/// Stage one of excess_risk: sums[chunk] = sum_e h^2 / sqrt(S + h^2 + epsilon), h = factor g, for the chunks of every tensor;
+/// the tensors share a dtype. A tensor's pointers are a gradient g, its memory S, float32 or beside float64 gradients float64,
+/// its float64 factor and its float64 sums, on the device. Otherwise as combine.
+const char* excess_risk_chunks(DType dtype, const std::vector<PlannedTensor>& tensors, double epsilon, Stream stream);
+
 /// Stage one of gram: partials[block][pair of the row class] for the blocks of all tensors, in their order; the tensors share a
 /// dtype and their pointers are `num_rows` gradients. `first_block` blocks of `partials` are taken already. Otherwise as
 /// combine.

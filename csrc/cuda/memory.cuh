@@ -7,8 +7,6 @@
 // float32's range it is float64. What has a factor of exactly 0 is not read; a memory that does not move is not written. The
 // result may be one of the gradients.
 
-#include <type_traits>
-
 #include "../common/launch_plan.h"
 #include "../common/memory_plan.h"
 #include "vec.cuh"
@@ -17,16 +15,6 @@ namespace mtlkernels {
 
 constexpr int kMemoryThreads = 256;
 constexpr int kMemoryRows = 4;  // tasks whose loads are under way together
-
-/// As many Ts as 16 bytes of a memory hold elements, so that a warp's accesses to a memory leave no gaps: 8 bytes of 16-bit Ts.
-template <typename T>
-union Beside {
-  enum { lanes = kLanes<Sum<T>> };
-  using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
-  Raw raw;
-  T values[lanes];
-  __device__ Beside() : raw{} {}
-};
 
 /// keep, scale and weight of every task, in fast memory.
 template <typename S>
@@ -127,10 +115,10 @@ __global__ void __launch_bounds__(kMemoryThreads)
   const int num_tasks = (table.num_pointers - 1) / 2;
   bool outside = false;
   for (int i = threadIdx.x; i < 3 * num_tasks; i += kMemoryThreads) {
-    const double value = factors[i], size = fabs(value);
+    const double value = factors[i];
     wide[i / num_tasks][i % num_tasks] = value;
     own[i / num_tasks][i % num_tasks] = S(value);
-    outside |= value != 0 && !(size > 0x1p-100 && size < 0x1p100);
+    outside |= !fits_float(value);
   }
   outside = __syncthreads_or(outside);
   if (sizeof(S) == 4 && outside) {

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(256)
   for (int i = threadIdx.x; i < groups * kMixGroup * num_rows; i += blockDim.x) {
     const int m = i / kMixGroup / num_rows * kMixGroup + i % kMixGroup, k = i / kMixGroup % num_rows;
     const double weight = m < num_results ? coefficients[m * num_rows + k] : 0.0;
-    wide |= weight != 0 && !(fabs(weight) > 0x1p-100 && fabs(weight) < 0x1p100);
+    wide |= !fits_float(weight);
     grouped[i] = Sum<T>(weight);
   }
   for (int k = threadIdx.x; k < num_rows; k += blockDim.x) {

@@ -1,5 +1,5 @@
 #pragma once
-// Sums across the threads of a block, in an order that never depends on scheduling.
+// Sums across the threads of a block, in an order that never depends on scheduling, and when float32 cannot hold one.
 
 namespace mtlkernels {
 
@@ -48,6 +48,19 @@ __device__ inline void block_sum(const T (&values)[count], T* scratch, double* o
     out[i] = sum;
   }
   __syncthreads();
+}
+
+/// Whether a float32 sum of squares, or of other terms of 0 or more, says nothing certain about its chunk: overflow, NaN, or so
+/// small that terms underflowed.
+__device__ inline bool out_of_range(double sum) { return !(sum < 0x1p127) || sum < 0x1p-96; }
+
+/// Whether a row has an element that is not 0. Contract: all threads of the block call it; one barrier.
+template <typename Row>
+__device__ __forceinline__ bool any_nonzero(const Row& row, int64_t begin, int64_t end) {
+  bool any = false;
+#pragma unroll 1
+  for (int64_t e = begin + threadIdx.x; e < end; e += blockDim.x) any |= row[e] != 0;
+  return __syncthreads_or(any);
 }
 
 }  // namespace mtlkernels

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace mtlkernels {
 
@@ -39,6 +40,12 @@ __device__ inline void narrow(float value, BFloat16& to) {
   to.bits = isnan(value) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
 }
 
+/// Whether float32 holds a factor, and its products with gradients of ordinary size.
+__device__ inline bool fits_float(double factor) {
+  const double size = fabs(factor);
+  return factor == 0 || (size > 0x1p-100 && size < 0x1p100);
+}
+
 /// 16 bytes of Ts.
 template <typename T>
 union Packed {
@@ -46,6 +53,17 @@ union Packed {
   uint32_t words[4];
   T values[kLanes<T>];
   __device__ Packed() : raw{0, 0, 0, 0} {}
+};
+
+/// As many Ts as 16 bytes of a memory of them hold elements, so that a warp's accesses to a memory leave no gaps: 8 bytes of
+/// 16-bit Ts.
+template <typename T>
+union Beside {
+  enum { lanes = kLanes<Sum<T>> };
+  using Raw = std::conditional_t<sizeof(T) == 2, uint2, uint4>;
+  Raw raw;
+  T values[lanes];
+  __device__ Beside() : raw{} {}
 };
 
 /// Loads 16 bytes that nothing writes during the kernel; `from` is 16-byte aligned.

@@ -8,7 +8,19 @@ Imported by :mod:`mtlkernels.dispatch` when an op first runs here, because impor
 variable TRITON_INTERPRET=1, set before that, the kernels run in Triton's interpreter on CPU tensors.
 """
 
-from . import combine, finish, graddrop, gradient_dropout, gram, gram_combine, memory, perturb, priority, trimmed_mean
+from . import (
+    combine,
+    excess_risk,
+    finish,
+    graddrop,
+    gradient_dropout,
+    gram,
+    gram_combine,
+    memory,
+    perturb,
+    priority,
+    trimmed_mean,
+)
 
 OPS = {
     "gram": gram.gram,
@@ -24,6 +36,7 @@ OPS = {
     "combine_adam_": finish.combine_adam_,
     "perturb_": perturb.perturb_,
     "memory_combine_": memory.memory_combine_,
+    "excess_risk": excess_risk.excess_risk,
     "priority_combine": priority.priority_combine,
     "priority_combine_": priority.priority_combine_,
     "graddrop": graddrop.graddrop,

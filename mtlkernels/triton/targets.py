@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..gradient_dropout import MODES
-from . import combine, finish, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
+from . import combine, excess_risk, finish, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -58,6 +58,8 @@ class Target(NamedTuple):
             return finish.meta(self.num_rows, self.dtype, self.variant == "adam", chip)
         if self.kernel is memory.memory_chunks:
             return memory.meta(self.dtype, chip)
+        if self.kernel is excess_risk.excess_chunks:
+            return excess_risk.meta(self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
@@ -85,6 +87,7 @@ def targets() -> Iterator[Target]:
             yield Target(trimmed_mean.trimmed_mean_chunks, 2 * trim + 1, dtype, f"trim {trim}")
         yield Target(perturb.perturb_chunks, 2, dtype, "perturb")
         yield Target(memory.memory_chunks, 4, dtype, "memory")
+        yield Target(excess_risk.excess_chunks, 2, dtype, "excess")
     for num_rows in priority.CLASSES:
         yield Target(priority.priority_alphas, num_rows, torch.float64, "alphas")
     yield Target(gram.gram_finish, 0, torch.float64, "finish")
@@ -123,6 +126,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is memory.memory_chunks:
         pointers = {"table": "*i64", "factors": "*fp64"}
         numbers = ["num_tensors", "num_tasks", "squares"]
+    elif target.kernel is excess_risk.excess_chunks:
+        pointers = {"table": "*i64", "factors": "*fp64", "scalars": "*i64", "sums": "*fp64"}
+        numbers = ["num_tensors"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]

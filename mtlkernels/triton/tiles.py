@@ -56,12 +56,12 @@ def vector_count(count, misaligned, E: tl.constexpr):
 
 
 @triton.jit
-def load_row(address, offsets, mask, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """[E] elements of a row; 0, unread, where it is absent. ALIGNED: 16 bytes a load, whatever ``mask`` says."""
+def load_row(address, offsets, mask, T: tl.constexpr, ALIGNED: tl.constexpr, BYTES: tl.constexpr = VECTOR_BYTES):
+    """[E] elements of a row; 0, unread, where it is absent. ALIGNED: 16 bytes (BYTES) a load, whatever ``mask`` says."""
     row = address.to(tl.pointer_type(T))
     present = tl.broadcast_to(address, offsets.shape) != 0  # compared as a block, as the interpreter wants its masks
     if ALIGNED:
-        row = tl.multiple_of(row, VECTOR_BYTES)
+        row = tl.multiple_of(row, BYTES)
     else:
         present = mask & present
     return tl.load(row + offsets, mask=present, other=0.0)

@@ -17,6 +17,8 @@ from helpers import (
     random_gradients,
 )
 from test_cross_optimizer import OPTIONS as CROSS_OPTIONS
+from test_excess_risk import EPSILON, assert_risks, expected_risks, sums_of_squares
+from test_excess_risk import factors_of as risk_factors_of
 from test_finish import FEW, Twin, bounds, names, positive
 from test_flat_ops import assert_pairs, assert_perturbed, expected_perturbed, paired, sam_gradients
 from test_graddrop import SEED, leaks
@@ -27,7 +29,7 @@ from torch import Tensor
 import mtlkernels as mtl
 from mtlkernels.elementwise import graddrop, trimmed_mean
 from mtlkernels.gram_combine import gram_combine_
-from mtlkernels.memory import memory_combine_
+from mtlkernels.memory import excess_risk, memory_combine_
 from mtlkernels.weightings import CROSS, MEMORY
 
 Rows = Sequence[Sequence[Tensor | None]]
@@ -186,6 +188,18 @@ def test_memory_combine(kernels, device, num_tasks, dtype, squares):
     moved, out = onto(device, memory), [torch.full_like(t, math.nan, device=device) for t in grads[0]]
     memory_combine_(out, moved, onto(device, grads), factors.to(device), squares)
     assert_moved(home(out), [home(row) for row in moved], expected, [dtype] * len(SHAPES))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e22])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_tasks", NUM_TASKS)
+def test_excess_risk(kernels, device, num_tasks, dtype, scale):
+    grads = random_gradients(num_tasks, SHAPES, dtype, scale=1.0 if dtype == torch.float16 else scale)
+    grads = drop(grads, (num_tasks - 1, 1), (0, 2))
+    memory, factor = sums_of_squares(random_gradients(num_tasks, SHAPES, dtype)), risk_factors_of(num_tasks)
+    risks = [excess_risk(onto(device, memory), onto(device, grads), factor.to(device), EPSILON) for _ in range(2)]
+    assert_risks(risks[0], expected_risks(memory, grads, factor), grads)
+    assert torch.equal(*risks)
 
 
 @pytest.mark.parametrize(("decoupled", "options"), FEW, ids=names)

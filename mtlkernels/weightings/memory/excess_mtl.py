@@ -19,8 +19,10 @@ class ExcessMTL(MemoryWeighting):
     e_k = sum_p g_kp^2 / sqrt(S_kp + 1e-7) with S_k the sum of squares of all gradients of the task so far, this one included;
     E_k = e_k / (e_k0 + 1e-7) with e_k0 that of the task's first call, or their mean over ``n_warmup`` calls. For tasks whose
     labels are noisy, whose loss stays high however well they do. A weight that has come to 0 stays there. A task that is not
-    active keeps its share, and the others' weights have sum 1. The memory is S, one more read of it and of the gradients than
-    other methods take. The states are ``share``, ``baseline`` and ``steps`` [K].
+    active keeps its share, and the others' weights have sum 1. The states are ``share``, ``baseline`` and ``steps`` [K].
+
+    The memory is S. A call reads the gradients three times (the Gram, the excess risks, the update) and S twice (the risks, the
+    update), and writes S once: a read of the gradients more than other methods take.
 
     Args:
         eta: step size, above 0; TorchJD's 1. LibMTL has 1e-2, and weights of sum K: multiply the loss by K for those.
