@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import gelu, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +20,12 @@ from mtlkernels.planner import Setting
 
 LENGTH = 32
 """Tokens of a sequence."""
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
 
 
 class Block(nn.Module):
@@ -69,9 +77,19 @@ class Training:
     In ``sub-batch`` a quarter of them makes the Gram; ``between`` is a step between two updates of the weights.
     """
 
-    def __init__(self, mode: str, sharding: str = "none", tokens: int = 4 * LENGTH, wrapped: bool = False, **model: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        sharding: str = "none",
+        tokens: int = 4 * LENGTH,
+        optimizer: str = "adamw",
+        master: bool = False,
+        **model: Any,
+    ) -> None:
         self.mode, self.model = mode, Transformer(**model)
-        self.x = self.model.batch(tokens)
+        if master:
+            self.model.bfloat16()
+        self.x = self.model.batch(tokens).to(self.model.blocks[0].up.weight.dtype)
         self.called: Callable[[Tensor], Any] = self.model
         options: dict[str, Any] = {}
         if sharding == "fsdp":
@@ -82,7 +100,9 @@ class Training:
             self.called = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         elif sharding == "ddp":
             options["process_group"] = torch.distributed.group.WORLD
-        self.inner = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
+        self.inner = OPTIMIZERS[optimizer](self.model.parameters(), 1e-3, fused=True)
+        if master:
+            self.inner = mtl.MasterWeights(self.inner)
         if mode == "stored, fused":
             options["fused"] = True
         elif mode == "previous":
@@ -120,3 +140,8 @@ class Training:
             if self.mode == "update_every":  # the next one is an update again
                 self.optimizer._held = self.optimizer._held._replace(left=0)
         return self
+
+    def kept(self) -> list[Tensor]:
+        """What stays from step to step: this rank's parameters and their optimizer state."""
+        state = [value for entries in self.inner.state.values() for value in entries.values() if value.numel() > 1]
+        return [t.to_local() if isinstance(t, DTensor) else t for t in (*self.model.parameters(), *state)]

@@ -2,18 +2,23 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from device import requires_nvcc
 from distributed_traffic import Traffic
-from planner_models import LENGTH, Training, Transformer
+from planner_models import LENGTH, OPTIMIZERS, Training, Transformer
 from test_flat_update import peak_bytes
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from mtlkernels.planner import MODES, Setting, Step, plan
+import mtlkernels as mtl
+from mtlkernels.finish import combine_adam_
+from mtlkernels.planner import MODES, Setting, Step
 from mtlkernels.planner.modes import _held
 
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
@@ -127,7 +132,69 @@ def test_peak_memory_with_checkpoints(mode):
     assert beyond_kept(training.model.setting(tokens), mode) == pytest.approx(peak, rel=0.1)
 
 
-# --- bytes and launches of the ops ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+@pytest.mark.parametrize("mode", ["sum of losses", "stored"])
+def test_peak_memory_with_master_weights(mode, sharding):
+    """Mostly of the optimizer's step, whose gradients are float32."""
+    model, tokens = {"width": 128, "layers": 4, "tasks": 2}, LENGTH
+    with fake_world(4) if sharding == "fsdp" else nullcontext():
+        training = Training(mode, sharding, tokens, master=True, **model).ready()
+        peak = peak_bytes(training.step)
+
+    setting = Transformer(**model).setting(tokens, gpus=4 if sharding == "fsdp" else 1, sharding=sharding)
+    setting = replace(setting, element=2, master=True)
+    assert beyond_kept(setting, mode) == pytest.approx(peak, rel=0.1)
+    kept = sum(tensor.nbytes for tensor in training.kept())
+    assert Step(setting).held == pytest.approx(kept, rel=0.01)
+
+
+# --- operations ---------------------------------------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products; attention scores are none of them."""
+
+    OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.OPS:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def operations(training: Training) -> int:
+    with Products() as counted:
+        training.step()
+    return counted.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", EVERY)
+def test_operations(mode, checkpointing):
+    training = Training(mode, width=64, rows=100, checkpointing=checkpointing).ready()
+    expected = planned(training.model.setting(TOKENS), mode).flops
+    assert expected == pytest.approx(operations(training), rel=0.1)
+
+
+@pytest.mark.parametrize("mode", [mode for kind, mode in ways("fsdp")])
+def test_operations_of_shards(mode):
+    with fake_world(64):
+        training = Training(mode, "fsdp", width=64, rows=100).ready()
+        counted = operations(training)
+    setting = Transformer(width=64, rows=100).setting(TOKENS, gpus=64, sharding="fsdp")
+    assert planned(setting, mode).flops == pytest.approx(counted, rel=0.1)
+
+
+# --- bytes and launches of the ops ------------------------------------------------------------------------------------------
+
+
+def assert_moved(device: Any, step: Step, tasks: int) -> None:
+    """The launches, and the bytes that they read and write, but for weights, which every thread reads from a cache."""
+    allocs = [a for launch in device.launches for a in launch.report.allocs if a.size not in (8, 8 * tasks)]
+    assert len(device.launches) == step.launches
+    assert step.moved == pytest.approx(sum(a.load_bytes + a.store_bytes for a in allocs), rel=0.1)
 
 
 @requires_nvcc
@@ -141,8 +208,46 @@ def test_bytes_and_launches(mode, model):
     with simulated_cuda() as device:
         training.step()
 
-    weights = {8, 8 * training.model.tasks}  # bytes of what every thread reads, from a cache
-    allocs = [alloc for launch in device.launches for alloc in launch.report.allocs if alloc.size not in weights]
-    step = planned(training.model.setting(TOKENS), mode)
+    assert_moved(device, planned(training.model.setting(TOKENS), mode), training.model.tasks)
+
+
+@requires_nvcc
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bytes_and_launches_of_a_fused_finish(optimizer):
+    from simulated import simulated_cuda
+
+    training = Training("stored, fused", width=64, layers=1, optimizer=optimizer).ready()
+    with simulated_cuda() as device:
+        training.step()
+
+    setting = training.model.setting(TOKENS, optimizer=optimizer)
+    assert_moved(device, planned(setting, "stored, fused"), 3)
+
+
+ROOM = {"gram": 62, "combine": 60, "finish": 57}
+"""So many tensors of 64 tasks are in one launch: 32,684 / (8 q + 12) of q pointers each, 64 of gradients among them."""
+
+
+@requires_nvcc
+@pytest.mark.parametrize("op", ROOM)
+@pytest.mark.parametrize("more", [0, 1])
+def test_tables_of_many_tensors(op, more):
+    from simulated import simulated_cuda
+
+    tasks, count = 64, ROOM[op] + more
+    rows = [[torch.ones(1) for _ in range(count)] for _ in range(tasks)]
+    out, weights = [torch.ones(1) for _ in range(count)], torch.ones(tasks, dtype=torch.float64)
+    states = [[torch.ones(1) for _ in range(count)] for _ in range(2)]
+    rate, steps = torch.ones((), dtype=torch.float64), [torch.ones(()) for _ in range(count)]
+    calls = {
+        "gram": lambda: mtl.gram(rows),
+        "combine": lambda: mtl.combine(rows, weights, out=out),
+        "finish": lambda: combine_adam_(out, *states, [], steps, rows, weights, rate),
+    }
+    with simulated_cuda() as device:
+        calls[op]()
+
+    step = Step(Setting([[(1,)] * count], [[]] * tasks, 1, 1, element=4))
+    getattr(step, op)(tasks, step.s.shared)
     assert len(device.launches) == step.launches
-    assert step.moved == pytest.approx(sum(alloc.load_bytes + alloc.store_bytes for alloc in allocs), rel=0.1)
+    assert sum("gram_finish" not in launch.kernel for launch in device.launches) == 1 + more

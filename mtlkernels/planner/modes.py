@@ -198,14 +198,19 @@ class Mode(NamedTuple):
     run: Callable[[Step], None]
     between: Callable[[Step], None] | None = None
     refused: tuple[str, ...] = ()
-    """Ways of sharding that rule it out."""
+    """What rules it out: ways of sharding, and ``"master"``."""
+
+    def reason(self, setting: Setting) -> str | None:
+        """What rules it out in the setting; None where nothing does."""
+        there = [setting.sharding, *(["master"] if setting.master else [])]
+        return next((name for name in there if name in self.refused), None)
 
 
 PLAIN = "sum of losses"
 MODES = {
     PLAIN: Mode("a torch optimizer", "none", _plain),
     "stored": Mode("step(losses)", "all gradients of the step", _stored),
-    "stored, fused": Mode("fused=True", "all gradients of the step", _fused, refused=("ddp",)),
+    "stored, fused": Mode("fused=True", "all gradients of the step", _fused, refused=("ddp", "master")),
     "previous": Mode('weights_from="previous"', "all gradients of the step before", _previous),
     "streamed": Mode("cuts= behind every block", "all gradients of the step", _streamed, refused=("fsdp",)),
     "representation": Mode("representation=", "gradients at what the heads are given", _representation, refused=("fsdp",)),
@@ -216,7 +221,7 @@ MODES = {
 """Name -> mode. A new one is a function of a :class:`Step` and a line here."""
 
 
-# --- what they take --------------------------------------------------------------------------------------------------------------------
+# --- what they take -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -262,8 +267,9 @@ def plan(setting: Setting, mode: str) -> Plan:
         ValueError: a mode that the setting rules out.
     """
     own = MODES[mode]
-    if setting.sharding in own.refused:
-        raise ValueError(f"{mode!r} is refused with sharding {setting.sharding!r}; pass one of the others.")
+    reason = own.reason(setting)
+    if reason is not None:
+        raise ValueError(f"mode is {mode!r}, which {reason!r} rules out; pass one of the others.")
     steps = [Step(setting)]
     own.run(steps[0])
     if own.between is not None:
@@ -281,4 +287,4 @@ def plan(setting: Setting, mode: str) -> Plan:
 
 def plans(setting: Setting) -> list[Plan]:
     """Those of every mode that the setting allows."""
-    return [plan(setting, name) for name, mode in MODES.items() if setting.sharding not in mode.refused]
+    return [plan(setting, name) for name, mode in MODES.items() if mode.reason(setting) is None]

@@ -21,6 +21,8 @@ STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Torch optimizer -> tensors like the parameter in its state."""
 FINISH_POINTERS = {"sgd": 4, "momentum": 4, "adam": 6, "adamw": 6}
 """Torch optimizer -> pointers of a tensor in its fused finish, besides those of the gradients."""
+MASTER_BYTES = 50
+"""Bytes for each parameter that :class:`mtlkernels.MasterWeights` reads and writes around the step of the float32 copies."""
 ACTIVATIONS, WORK, WIDENED = 16, 5, 4
 """Elements for each token and unit of width: what a block keeps for its backward pass, and what that pass needs besides.
 
@@ -43,9 +45,11 @@ class Setting:
         width: elements of a token between two blocks.
         element: bytes of a parameter, gradient, activation and state.
         optimizer: a key of :data:`STATES`.
+        master: whether ``MasterWeights`` keeps float32 copies of 16-bit parameters, and float32 states.
         gpus: data-parallel ranks.
         sharding: ``"ddp"``: every rank holds all parameters; ``"fsdp"``: its part of them. ``"none"`` with one rank.
-        checkpointing: whether a block keeps its input only, and runs again in each backward pass.
+        checkpointing: whether a block keeps its input only, and runs again in each backward pass
+            (``checkpoint(..., use_reentrant=False)``).
         activation_bytes: that all blocks keep for the backward pass; None: those of transformer blocks (:data:`ACTIVATIONS`).
         sub_batch: part of the batch that ``gram_losses`` are of.
         update_every: n of that option.
@@ -57,6 +61,7 @@ class Setting:
     width: int
     element: int = 2
     optimizer: str = "adamw"
+    master: bool = False
     gpus: int = 1
     sharding: Sharding = "none"
     checkpointing: bool = False
@@ -112,6 +117,12 @@ class Setting:
         """Bytes of the parameters, or of tensors like them, that a rank holds."""
         return self.part(shapes) if self.sharding == "fsdp" else self.bytes_of(shapes)
 
+    @property
+    def state_bytes(self) -> int:
+        """Of each parameter in the optimizer's state."""
+        states = STATES[self.optimizer]
+        return 4 * (1 + states) if self.master else states * self.element
+
     def buckets(self, shapes: Iterable[Shape], limit: int = BUCKET) -> list[list[Shape]]:
         """What goes in one collective each: tensors up to ``limit`` bytes together, or one tensor."""
         result: list[list[Shape]] = []
@@ -147,7 +158,7 @@ class Step:
         self.flops = self.moved = self.stepped = self.launches = 0.0
         self.collectives: Counter[tuple[str, int]] = Counter()
         every = [*setting.shared, *setting.own]
-        self.held = self.peak = setting.kept(every) * (1 + STATES[setting.optimizer])
+        self.held = self.peak = setting.kept(every) * (1 + setting.state_bytes / setting.element)
         self._flying = 0.0
 
     def sent(self) -> float:
@@ -204,7 +215,9 @@ class Step:
     def block(self, block: Sequence[Shape], retain: bool, part: float = 1.0) -> None:
         """The part of a backward pass that goes through one block."""
         s = self.s
-        self.flops += (6 if s.checkpointing else 4) * s.tokens * part * _elements(block)
+        self.flops += 4 * s.tokens * part * _elements(block)
+        if s.checkpointing:  # the forward pass again, but for the last layer, whose result nobody needs
+            self.flops += 2 * s.tokens * part * _elements(block[:-1])
         self.prefetch(block)
         # Sharded: its parameters and those of the next one, gathered, and the gradients of the one before, on their way.
         whole = s.bytes_of(block) if s.sharding == "fsdp" else 0
@@ -305,7 +318,13 @@ class Step:
 
     def optimizer(self, shapes: Sequence[Shape]) -> None:
         """The torch optimizer's step: the gradient, and parameter and state there and back."""
-        self.stepped += (3 + 2 * STATES[self.s.optimizer]) * self.s.kept(shapes)
+        s = self.s
+        elements, moved = s.kept(shapes) / s.element, 3 + 2 * STATES[s.optimizer]
+        if s.master:
+            self.touch(4 * elements)  # float32 gradients
+            self.stepped += (4 * moved + MASTER_BYTES) * elements
+        else:
+            self.stepped += moved * s.element * elements
 
 
 def _elements(shapes: Iterable[Shape]) -> int:
