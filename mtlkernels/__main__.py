@@ -1,4 +1,4 @@
-"""``python -m mtlkernels info | demo | bench``."""
+"""``python -m mtlkernels info | demo | bench | plan``."""
 
 import argparse
 import importlib
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, libraries, backends of each op, and why something is missing", add_help=False)
     commands.add_parser("demo", help="two-task training on real digits: a table and a picture", add_help=False)
     commands.add_parser("bench", help="the CPU ops against other ways, in a checkout of the repository", add_help=False)
+    commands.add_parser("plan", help="what a step takes on named GPUs, for every mode: by arithmetic", add_help=False)
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return info.main(arguments[1:])
         if command == "bench":
             return _bench(arguments[1:])
+        if command == "plan":
+            from .planner import command as planner
+
+            return planner.main(arguments[1:])
         from . import demo
 
         return demo.main(arguments[1:])

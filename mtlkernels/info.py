@@ -41,7 +41,7 @@ OPTIONAL = {
     "triton": "for GPUs without the compiled CUDA kernels: pip install triton; PyTorch's GPU builds bring it",
     "scikit-learn": "for data and demo: pip install scikit-learn",
     "matplotlib": "for plot and demo: pip install matplotlib",
-    "rich": "for demo: pip install rich",
+    "rich": "for demo, and for tables of plan: pip install rich",
 }
 """Package -> what to do where it is missing."""
 

@@ -197,8 +197,9 @@ class StreamedGram(GramSource):
             for leaf, grad in zip(inputs, grads, strict=True):
                 at[id(leaf)] = _added(at[id(leaf)], grad)
             pairs.clear()
+        heads, self.own = self.own, []  # so that the update can be written where they are
         with torch.no_grad():
-            return [at[id(p)] for p in shared], self._without_dropped(self.own)
+            return [at[id(p)] for p in shared], self._without_dropped(heads)
 
     def _combined(self, segment: _Segment, weights: Tensor, inputs: list[Tensor]) -> Sequence[Tensor | None]:
         """The gradients of the segment's K roots, combined without those of weight 0."""
