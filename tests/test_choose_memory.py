@@ -103,6 +103,7 @@ def test_segments():
     ("arguments", "match"),
     [
         (([], 2, 1.0), "shared has no parameter"),
+        ((nn.Linear(2, 2), 2, 1.0), "shared is a Linear"),
         ((None, 0, 1.0), "num_tasks is 0"),
         ((None, True, 1.0), "num_tasks is True"),
         ((None, 2, 0), "budget is 0"),

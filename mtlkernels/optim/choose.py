@@ -71,7 +71,7 @@ class MemoryChoice(NamedTuple):
     chosen: str | None
     """The mode; None: none fits."""
     modes: list[ModeBytes]
-    budget: int
+    budget: float
     left_out: dict[str, str]
     """Mode -> why it could not be chosen, whatever it takes."""
 
@@ -137,8 +137,10 @@ def choose_memory(
         weighting: the method, or its registry string, where it rules something out.
 
     Raises:
-        ValueError: no shared parameter that requires grad, a K below 1, a budget that is not positive, a loss-only weighting.
+        ValueError: no shared parameter that requires grad, K or the budget not positive, or a loss-only weighting.
     """
+    if isinstance(shared, Tensor) or not isinstance(shared, Iterable):
+        raise ValueError(f"shared is a {type(shared).__name__}; pass an iterable of parameters, as module.parameters().")
     params = {id(p): p for p in shared if p.requires_grad}
     if not params:
         raise ValueError("shared has no parameter that requires grad; pass those that all tasks train.")
@@ -154,7 +156,7 @@ def choose_memory(
     batches = 2 if method is not None and takes_cross(method) else 1
     modes = mode_bytes(sizes, batches * num_tasks, segments_of(params, list(modules)))
     fitting = (own.mode for own in modes[1:] if own.mode not in left_out and own.device <= budget)
-    return MemoryChoice(next(fitting, None), modes, int(budget), left_out)
+    return MemoryChoice(next(fitting, None), modes, budget, left_out)
 
 
 def _left_out(method: Weighting | Elementwise) -> dict[str, str]:
