@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mtlkernels as mtl
+from mtlkernels.distributed.ranks import Ranks
 from mtlkernels.gradients import SOURCES
 from mtlkernels.optim import host
+from mtlkernels.optim.rows import check_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.race import peak_bytes
@@ -565,3 +567,86 @@ def test_what_fails_in_the_middle_leaves_everything(rows):
     assert_equal(values_of(model), before)
     assert_equal(grads_of(model), grads)
     assert torch.equal(weighting.get_extra_state(), state)
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "host", "online"])
+@pytest.mark.parametrize("place", [{"size": 2}, {"communicates": True}, {"hides_leaves": True}], ids=str)
+def test_ranks_are_refused(rows, place):
+    ranks = Ranks()
+    for name, value in place.items():
+        setattr(ranks, name, value)
+    options = {"per": "model", "weights_from": "current", "fused": False}
+    with pytest.raises(ValueError, match=f'rows is "{rows}", but a rank exchanges'):
+        check_rows(rows, mtl.PCGrad(), False, ranks, options)
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "host", "online"])
+def test_compiled_models(rows):
+    torch._dynamo.reset()
+    nets = [Net64(), Net64()]
+    for net, compiled in zip(nets, (False, True), strict=True):
+        weighting = mtl.PCGrad(generator=torch.Generator().manual_seed(0))
+        inner = torch.optim.SGD(net.parameters(), 0.1)
+        heads = net.head_parameters()
+        optimizer = mtl.MultiTaskOptimizer(inner, weighting, shared=net.encoder.parameters(), heads=heads, rows=rows)
+        run = torch.compile(net, backend="aot_eager") if compiled else net
+        for step in range(2):
+            out = run(batch(step).double())
+            optimizer.step({task: (value - k).square().mean() for k, (task, value) in enumerate(out.items())})
+    for a, b in zip(*map(values_of, nets), strict=True):
+        assert_close(b, a, rtol=1e-2 if rows == "bfloat16" else 1e-10, atol=1e-3 if rows == "bfloat16" else 1e-12)
+
+
+# --- streams --------------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A stand-in for a stream, that notes what is asked of it; inside it copies count as its own."""
+
+    def __init__(self, name: str, log: list[str], inside: list[str]) -> None:
+        self.name, self.log, self.inside = name, log, inside
+
+    def __enter__(self) -> None:
+        self.inside.append(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        self.inside.pop()
+
+    def wait_stream(self, other: "Recorded") -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        self.log.append(f"event of {self.name}")
+        return self.name
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for event of {event}")
+
+
+def test_copies_are_ordered_by_streams(monkeypatch):
+    """Each copy is on the side stream, after what it reads was made; ops read after the copy; memory is kept for both."""
+    log: list[str] = []
+    inside = ["current"]
+    side, current = Recorded("side", log, inside), Recorded("current", log, inside)
+    copy, gram = Tensor.copy_, mtl.ops.gram
+
+    def noted(self: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        if non_blocking:
+            log.append(f"copy on {inside[-1]}")
+        return copy(self, source)
+
+    monkeypatch.setattr(Tensor, "copy_", noted)
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: log.append(f"memory for {stream.name}"))
+    monkeypatch.setattr(host, "_side_stream", lambda device: side)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device=None: current)
+    monkeypatch.setattr(mtl.ops, "gram", lambda *a, **k: log.append(f"gram on {inside[-1]}") or gram(*a, **k))
+    param, grad = nn.Parameter(torch.zeros(64, 2)), torch.randn(64, 2)
+    rows = [[host.to_host(param, grad)], [host.to_host(param, 2 * grad)]]
+    assert log == 2 * ["side waits for current", "copy on side", "memory for side"]
+    log.clear()
+    monkeypatch.setattr(host, "BLOCK_BYTES", 512)  # of two rows: 64 elements
+    result = host.HostProblems("model", [param]).gram(rows)
+    block = ["copy on side", "copy on side", "event of side"]
+    ready = ["current waits for event of side", "memory for current", "memory for current", "gram on current"]
+    assert log == ["side waits for current", *block, *block, *ready, *ready]
+    assert_close(result, gram([[grad], [2 * grad]]))
