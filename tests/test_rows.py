@@ -650,3 +650,35 @@ def test_copies_are_ordered_by_streams(monkeypatch):
     ready = ["current waits for event of side", "memory for current", "memory for current", "gram on current"]
     assert log == ["side waits for current", *block, *block, *ready, *ready]
     assert_close(result, gram([[grad], [2 * grad]]))
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "host", "online"])
+def test_one_task_no_shared_parameter_and_frozen_ones(rows):
+    """As the step of plain training, up to the rounding of bfloat16."""
+    for shared, frozen, tasks in ((True, (), ("b",)), (False, (), TASKS), (True, (0, 1, 2, 3), TASKS), (True, (0,), TASKS)):
+        net, twin = Net64(), Net64()
+        for model in (net, twin):
+            for n in frozen:
+                list(model.encoder.parameters())[n].requires_grad_(False)
+        params = list(net.encoder.parameters()) if shared else []
+        optimizer = make(net, rows, "pcgrad", shared=params, tasks=tasks)
+        info = optimizer.step({task: loss for task, loss in net.losses().items() if task in tasks})
+        sum(loss for task, loss in twin.losses().items() if task in tasks).backward()
+        torch.optim.SGD(twin.parameters(), 0.1).step()
+        assert not info.skipped
+        if len(tasks) == 1 or not params or len(frozen) == 4:  # nothing to project
+            for own, plain in zip(*map(values_of, (net, twin)), strict=True):
+                assert_close(own, plain, rtol=1e-2 if rows == "bfloat16" else 1e-10, atol=1e-3 if rows == "bfloat16" else 1e-12)
+        assert all(list(net.encoder.parameters())[n].grad is None for n in frozen)
+
+
+@pytest.mark.parametrize("rows", ["bfloat16", "host", "online"])
+def test_roles_are_found_from_graphs(rows):
+    nets = [Net64(), Net64()]
+    for net, options in zip(
+        nets, ({}, {"shared": nets[1].encoder.parameters(), "heads": nets[1].head_parameters()}), strict=True
+    ):
+        weighting = mtl.PCGrad(generator=torch.Generator().manual_seed(0))
+        inner = torch.optim.SGD(net.parameters(), 0.1)
+        mtl.MultiTaskOptimizer(inner, weighting, rows=rows, **options).step(net.losses())
+    assert_equal(values_of(nets[1]), values_of(nets[0]))

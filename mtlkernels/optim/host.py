@@ -16,8 +16,6 @@ Block = TypeVar("Block")
 
 BLOCK_BYTES = 2**23
 """Of one block of all tasks' rows; two are on the device at a time."""
-
-
 ALIGNED = 64
 """Pieces begin at multiples of so many elements, which kernels read and write 16 bytes at a time."""
 
@@ -62,9 +60,10 @@ class HostProblems(Problems):
 
     def combine(self, rows: TaskGradients, weights: Tensor, out: Sequence[Tensor | None] | None = None) -> list[Tensor | None]:
         """As of :class:`Problems`; ``out`` is laid out like the tensors that the problems are of."""
-        reached = [any(row is not None for row in column) for column in zip(*rows, strict=True)]
         if out is None:
-            out = [torch.empty_like(cast(Tensor, t)) if there else None for t, there in zip(self.tensors, reached, strict=True)]
+            models = [next((row for row in column if row is not None), None) for column in zip(*rows, strict=True)]
+            pairs = zip(self.tensors, models, strict=True)
+            out = [None if m is None else torch.empty_like(cast(Tensor, t), dtype=m.dtype) for t, m in pairs]
         weights = self.by_tensor(weights)
         for pieces, block in self._blocks(rows):
             own = weights if weights.dim() == 1 else torch.stack([weights[piece.n] for piece in pieces])

@@ -458,7 +458,7 @@ class MultiTaskOptimizer(SavedState):
                     out = None if isinstance(problems, HostProblems) else ranks.buffers(shared_rows, shared)
                     scaled = ranks.scaled(applied if factor is None else applied / factor)
                     buffers = problems.combine(shared_rows, scaled, out)
-                    del out
+                    del out  # the buffers have no other reference then, as widening them wants
             own_weights = own_weights if factor is None else own_weights / factor
             shows_nan = first_written(shared, buffers)
             own_buffers = ranks.buffers(own_rows, own)
