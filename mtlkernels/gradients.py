@@ -22,6 +22,10 @@ Rows = list[list[Tensor | None]]
 Received = Callable[[list[Tensor | None], Sequence[Tensor]], list[Tensor | None]]
 """What becomes of one task's gradients of its inputs as soon as they are there, before the next task's are computed."""
 
+Arrived = Callable[[Tensor, Tensor], Tensor]
+"""What becomes of the gradient, the second argument, of an input, the first, as soon as it is there: another tensor in its
+place, or the gradient itself."""
+
 
 def task_gradients(
     losses: Sequence[Tensor | None],
@@ -29,6 +33,7 @@ def task_gradients(
     source: Source,
     received: Received | None = None,
     retain: bool = False,
+    arrived: Arrived | None = None,
 ) -> Rows:
     """Gradients of each task's loss with respect to that task's own inputs. ``.grad`` of the inputs is left as it was.
 
@@ -39,6 +44,8 @@ def task_gradients(
             for ``sum(losses).backward()``; under ``"autograd"`` they are left alone.
         received: replaces the gradients of a present task, and is given the only references to them.
         retain: whether the graph is kept after the last task.
+        arrived: replaces each gradient: under ``"autograd"`` while the backward pass goes on, so that those that it replaces
+            are never there at once; under ``"backward"`` when it is over. Not called for sparse and complex ones.
 
     Returns:
         K lists aligned with ``inputs``; None where the graph of the loss does not reach the tensor, and for absent tasks.
@@ -52,7 +59,7 @@ def task_gradients(
         for k in present:
             if inputs[k]:
                 keep = retain or k != present[-1]
-                result[k] = list(torch.autograd.grad(losses[k], inputs[k], retain_graph=keep, allow_unused=True))  # type: ignore[arg-type]
+                result[k] = _differentiated(losses[k], inputs[k], keep, arrived)  # type: ignore[arg-type]
                 if received is not None:
                     result[k] = received(result[k], inputs[k])
         return result
@@ -62,7 +69,7 @@ def task_gradients(
         for k in present:
             _clear(every)
             losses[k].backward(retain_graph=retain or k != present[-1])  # type: ignore[union-attr]
-            result[k] = [t.grad for t in inputs[k]]
+            result[k] = [t.grad for t in inputs[k]] if arrived is None else [_replaced(t, arrived) for t in inputs[k]]
             _clear(every)
             if received is not None:
                 result[k] = received(result[k], inputs[k])
@@ -70,6 +77,40 @@ def task_gradients(
         for tensor, grad in zip(every, before, strict=True):
             tensor.grad = grad
     return result
+
+
+def _differentiated(loss: Tensor, inputs: Sequence[Tensor], retain: bool, arrived: Arrived | None) -> list[Tensor | None]:
+    if arrived is None:
+        return list(torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True))
+    kept: list[Tensor | None] = [None] * len(inputs)
+
+    def hook(n: int) -> Callable[[Tensor | None], Tensor | None]:
+        def replace(grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None
+            kept[n] = grad if not _is_dense(grad) else arrived(inputs[n], grad)
+            # What autograd goes on with has the gradient's shape and dtype, as it insists, but one element of memory.
+            return None if kept[n] is grad else grad.new_zeros(()).expand_as(grad)
+
+        return replace
+
+    hooks = [t.register_hook(hook(n)) for n, t in enumerate(inputs)]
+    try:
+        torch.autograd.grad(loss, inputs, retain_graph=retain, allow_unused=True)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return kept
+
+
+def _replaced(tensor: Tensor, arrived: Arrived) -> Tensor | None:
+    """What becomes of ``.grad``, which is None afterwards."""
+    grad, tensor.grad = tensor.grad, None
+    return grad if grad is None or not _is_dense(grad) else arrived(tensor, grad)
+
+
+def _is_dense(grad: Tensor) -> bool:
+    return grad.layout == torch.strided and not grad.is_complex()
 
 
 def weighted_gradients(
@@ -317,7 +358,7 @@ def check_dense(tasks: Iterable[object], rows: Rows, params: Sequence[Tensor], n
     """Raises a ``ValueError`` for the first gradient that no op takes; ``name`` names a parameter."""
     for task, row in zip(tasks, rows, strict=False):
         for param, grad in zip(params, row, strict=True):
-            if grad is not None and (grad.layout != torch.strided or grad.is_complex()):
+            if grad is not None and not _is_dense(grad):
                 raise ValueError(
                     f"the gradient of task {task!r} for the {name(param)} is {grad.layout}, {grad.dtype}; the "
                     "optimizer takes dense, real ones: build the layer with sparse=False, or on torch.view_as_real."

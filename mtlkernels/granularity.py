@@ -57,8 +57,11 @@ class Problems:
             parts = [self._zeros(n, len(rows)) if own is None else own for n, own in enumerate(grams)]
             known = [part for part in parts if part is not None]
             return torch.cat(known) if known else torch.zeros(0, len(rows), len(rows), dtype=torch.float64)
-        grams = cast(Tensor, ops.gram(rows, per="tensor"))
-        if self.per == "tensor":
+        return self._grouped(cast(Tensor, ops.gram(rows, per="tensor")))
+
+    def _grouped(self, grams: Tensor) -> Tensor:
+        """The Grams [N, K, K] of the tensors, or where there are groups the sums over each."""
+        if isinstance(self.per, str):
             return grams
         index = self._index(grams.device)
         return grams.new_zeros(max(self.per, default=-1) + 1, *grams.shape[1:]).index_add(0, index, grams)

@@ -1,6 +1,8 @@
 """MultiTaskOptimizer with cuts: the step of stored gradients, segment by segment."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import mtlkernels as mtl
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.race import peak_bytes
 
 TASKS = ("a", "b", "c")
 
@@ -303,3 +308,30 @@ def test_a_task_whose_head_alone_is_not_finite_is_dropped(way):
     after = dict(model.named_parameters())
     assert all(p.isfinite().all() for p in after.values())
     assert all(torch.equal(p, before[name]) == name.startswith("heads.b") for name, p in after.items())
+
+
+def test_gradients_are_at_one_end_of_a_segment():
+    """Of a trunk whose cuts are larger than its layers: K gradients at a cut, one on its way, and what plain training has."""
+    size, tasks = 512 * 64 * 4, 8
+    trunk = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+    heads = nn.ModuleList(nn.Linear(64, 1) for _ in range(tasks))
+    inner = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], 0.1)
+    optimizer = mtl.MultiTaskOptimizer(inner, "sum", shared=trunk.parameters())
+    x = torch.randn(512, 64)
+
+    def losses() -> list[Tensor]:
+        z = trunk(x)
+        return [head(z).square().mean() for head in heads]
+
+    def plain() -> None:
+        inner.zero_grad()
+        torch.stack(losses()).sum().backward()
+
+    def streamed() -> None:
+        with mtl.cut(trunk) as cuts:
+            own = losses()
+        optimizer.step(own, cuts=cuts)
+
+    for step in (plain, streamed):
+        step()
+    assert peak_bytes(streamed) - peak_bytes(plain) < (tasks + 2.5) * size

@@ -1,5 +1,6 @@
 """The optimizer layer."""
 
+from .choose import MemoryChoice, choose_memory
 from .flat import FlatInfo, FlatMinimaOptimizer
 from .groups import SelectiveGroupOptimizer
 from .info import GroupsInfo, PriorityInfo, StepInfo
@@ -14,10 +15,12 @@ __all__ = [
     "FlatMinimaOptimizer",
     "GroupsInfo",
     "MasterWeights",
+    "MemoryChoice",
     "MultiTaskOptimizer",
     "PriorityInfo",
     "SelectiveGroupOptimizer",
     "StepInfo",
     "TaskPriorityOptimizer",
+    "choose_memory",
     "cut",
 ]

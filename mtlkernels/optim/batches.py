@@ -1,12 +1,13 @@
 """From the losses of a batch to its gradients, after everything that can be checked before."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..gradients import (
+    Arrived,
     Received,
     Rows,
     Source,
@@ -24,6 +25,7 @@ from .decide import Decisions
 from .gram_source import GramSource
 from .losses import Losses, order_losses
 from .roles import Task
+from .rows import ARRIVED, RowsKind
 from .scaler import enabled_scaler
 from .second import second_losses
 
@@ -33,6 +35,7 @@ class Batches(Decisions):
 
     tasks: tuple[Task, ...] | None
     gradients: Source
+    rows: RowsKind
     _accumulated: Accumulated
     _compares: bool
     """Whether this step compares the ranks."""
@@ -59,9 +62,8 @@ class Batches(Decisions):
         own, own_of_task = self._roles.own(tasks)
         whole = self.ranks.communicates and (not last or self._accumulated.batches > 0)
         received: Received = (lambda row, _: row) if whole else self._scatter_row
-        weighted = weighted_gradients if source is None else source.gradients
         rows = partial(
-            self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received, weighted=weighted
+            self._rows, tasks=tasks, shared=shared, own=own, own_of_task=own_of_task, received=received, source=source
         )
         shared_rows, own_rows = rows(scaled)
         if other is not None:
@@ -127,7 +129,7 @@ class Batches(Decisions):
         own: list[Tensor],
         own_of_task: list[list[int]],
         received: Received,
-        weighted: Callable[..., tuple[list[Tensor | None], Rows]],
+        source: GramSource | None,
     ) -> tuple[Rows, Rows]:
         """Gradients as K x N rows of the shared and K x M rows of the other parameters, None for frozen ones.
 
@@ -137,20 +139,27 @@ class Batches(Decisions):
         own_live = [[m for m in indices if own[m].requires_grad] for indices in own_of_task]
         bodies, heads = [shared[n] for n in live], [[own[m] for m in indices] for indices in own_live]
         if self._held.left <= 0:
-            rows = task_gradients(losses, [bodies + head for head in heads], self.gradients, received)
+            inputs = [bodies + head for head in heads]
+            rows = task_gradients(losses, inputs, self.gradients, received, arrived=self._arrived(bodies))
             shared_rows = [scattered(row[: len(live)], live, len(shared)) for row in rows]
             own_grads = [row[len(live) :] for row in rows]
         else:
             hidden = self.ranks.hides_leaves
-            if self.gradients == "backward" and not hidden:
+            if self.gradients == "backward" and not hidden and (source is None or source.differentiates_heads):
                 check_heads_in_graph(losses, [self._roles.heads.get(task, []) for task in tasks], self.name_of)
             weights = self._held.of_tasks(torch.empty(len(losses), dtype=torch.float64, device=self.device))
+            weighted = weighted_gradients if source is None else source.gradients
             row, own_grads = weighted(losses, weights, bodies, heads, self.gradients, hidden)
             own_grads = [received(grads, head) for grads, head in zip(own_grads, heads, strict=True)]
             shared_rows = [scattered(received(row, bodies), live, len(shared))]
         self.ranks.wait()
         own_rows = [scattered(grads, indices, len(own)) for grads, indices in zip(own_grads, own_live, strict=True)]
         return shared_rows, own_rows
+
+    def _arrived(self, params: Sequence[Tensor]) -> Arrived | None:
+        """What becomes of each of K gradients of these parameters, and of no other's, as ``rows`` says."""
+        change, chosen = ARRIVED.get(self.rows), {id(p) for p in params}
+        return None if change is None else lambda param, grad: change(param, grad) if id(param) in chosen else grad
 
     def _scatter_row(self, row: list[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
         with torch.no_grad():

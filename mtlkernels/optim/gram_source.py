@@ -31,6 +31,8 @@ class GramSource(ABC):
 
     info: StepInfo
     """What the weights were computed from."""
+    differentiates_heads = True
+    """Whether :meth:`gradients` takes the heads' gradients by ``torch.autograd.grad``, which finds no head that is hidden."""
 
     def __init__(self, optimizer: "MultiTaskOptimizer", kept: Snapshot) -> None:
         self.optimizer, self.kept, self.before = optimizer, kept, optimizer._held

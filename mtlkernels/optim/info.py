@@ -19,8 +19,9 @@ class StepInfo:
         gram: float64 [K, K] of the shared parameters' gradients, unscaled. Per tensor [N, K, K]; per channel [M, K, K], those
             of one parameter after those of the other; per group [M, K, K], in the order of the groups, shared parameters in
             none last. Not finite in the row and column of a task whose gradient was not. None between two updates of the
-            weights (``update_every``) and with an element-wise method and ``on_nonfinite="skip"``, where nobody has computed
-            it; so are ``cosine`` and ``conflicts``. With ``representation`` or ``gram_losses`` of what they say.
+            weights (``update_every``), with ``rows="online"``, and with an element-wise method and ``on_nonfinite="skip"``:
+            nobody has computed it; so are ``cosine`` and ``conflicts``. With ``representation`` or ``gram_losses`` of what they
+            say.
         weights: float64 [K], or [M, K] as the Gram, before clipping: those of this update, whether computed for it or held;
             with ``weights_from="previous"`` those of an earlier Gram. 0 for a task that was absent or dropped. NaN [K] with an
             element-wise method, which has none.

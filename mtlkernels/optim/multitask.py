@@ -17,7 +17,7 @@ from ..gradients import (
     check_reached,
     combine_own,
 )
-from ..granularity import KINDS, Problems
+from ..granularity import KINDS, Groups, Problems
 from ..reference import Granularity
 from ..weightings import Elementwise, MemoryWeighting, Weighting, as_method
 from ..weightings.cross.base import takes_cross
@@ -26,12 +26,14 @@ from .decide import Batch, check_options
 from .finish import Finish, Part
 from .gram_source import GramSource
 from .held import HeldWeights
+from .host import HostProblems
 from .info import StepInfo
 from .losses import Losses, check_without_losses, task_names
 from .one_pass import backward_of_losses, observe
 from .previous import OneRead, WeightsFrom
 from .representation import Representation
 from .roles import Roles, Task
+from .rows import RowsKind, check_rows, widen_
 from .saved import SavedState
 from .scaler import check_not_float16, enabled_scaler, update_scale
 from .second import check_second
@@ -85,6 +87,14 @@ class MultiTaskOptimizer(SavedState):
             is skipped. ``"raise"``: a ``RuntimeError`` that names the tasks.
         gradients: ``"autograd"`` for plain eager and compiled models, ``"backward"`` for models that need ``loss.backward()``
             itself (post-accumulate-grad hooks, reentrant checkpoints, FSDP2). None: the latter where a parameter is a DTensor.
+        rows: how the K gradients of the shared parameters are held until they are combined. ``"stored"``: as autograd gives
+            them. ``"bfloat16"``: rounded, each the moment that it is there, and the update as well; half of float32's memory, a
+            relative error of 2^-9. ``"host"``: in the host's memory, copied while the backward passes go on; the device has the
+            update and two blocks of rows that come back. Neither with ``fused``; ``"host"`` for weightings of a Gram, without
+            ``per="channel"`` and :meth:`accumulate`. ``"online"``: with ``"pcgrad"`` only, each gradient and the sum of those
+            before it are taken off each other, in random order; two gradients at a time, an approximation of three or more
+            tasks, no ``info.gram``. None of them on several ranks, or with ``weights_from="previous"``. What a step makes of
+            ``cuts`` or a ``representation`` has no such rows.
         fused: ``step(losses)`` takes the torch optimizer's step in the read that combines the gradients: no combined gradient
             is ever in memory, and ``.grad`` is None afterwards, for hooks of the optimizer, too. With torch.optim.SGD, Adam and
             AdamW, any option but ``differentiable``; in float32 of 16-bit parameters; a step that is skipped is skipped on the
@@ -117,6 +127,7 @@ class MultiTaskOptimizer(SavedState):
         max_norm: float | None = None,
         on_nonfinite: Nonfinite = "skip",
         gradients: Source | None = None,
+        rows: RowsKind = "stored",
         fused: bool = False,
         process_group: object = None,
         mesh: object = None,
@@ -128,6 +139,7 @@ class MultiTaskOptimizer(SavedState):
             ("on_nonfinite", on_nonfinite, get_args(Nonfinite)),
             ("gradients", gradients, (*SOURCES, None)),
             ("weights_from", weights_from, get_args(WeightsFrom)),
+            ("rows", rows, get_args(RowsKind)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; pass one of {', '.join(map(repr, known))}.")
@@ -155,6 +167,7 @@ class MultiTaskOptimizer(SavedState):
             )
         if self.ranks.size > 1 and per == "channel":
             raise ValueError('per="channel" needs whole channels, which a rank does not have; pass per="tensor" or "model".')
+        check_rows(rows, weighting, self._one_pass, self.ranks, {"per": per, "weights_from": weights_from, "fused": fused})
         self._finish = Finish(self, weighting, per) if fused else None
         self._roles = Roles(params, shared, heads, groups)
         self.tasks = None if tasks is None else task_names(tasks)
@@ -163,6 +176,7 @@ class MultiTaskOptimizer(SavedState):
         self.per: Granularity | None = None if isinstance(per, Mapping) else per
         self.update_every, self.weights_from, self._held = update_every, weights_from, HeldWeights()
         self.max_norm, self.on_nonfinite = max_norm, on_nonfinite
+        self.rows: RowsKind = rows
         self.gradients: Source = gradients or ("backward" if self.ranks.hides_leaves else "autograd")
         self.check_ranks, self._compares = check_ranks, self.ranks.size > 1
         self.weighting = weighting.to(self.device)
@@ -248,6 +262,11 @@ class MultiTaskOptimizer(SavedState):
             raise ValueError(
                 f"accumulate adds up the gradients of tasks, and {type(self.weighting).__name__} weighs losses; call backward "
                 "for every micro-batch."
+            )
+        if self.rows in ("host", "online"):
+            raise ValueError(
+                f'accumulate adds up gradients on the device, and rows is "{self.rows}"; pass rows="bfloat16" or "stored", or '
+                "call backward for every micro-batch."
             )
         with self._undone_on_error():
             batch = self._micro_batch(losses, scaler, accumulate=False)
@@ -414,7 +433,8 @@ class MultiTaskOptimizer(SavedState):
             previous = self._held.of_present(present) if computes and self.weights_from == "previous" else None
             divided = factor if self._finish is None else None  # by the finish, else
             one_read = None if previous is None else OneRead.of(self, shared_rows, tasks, previous, divided)
-            problems = one_read or Problems(self.per or roles.group_of_shared(), shared)
+            per = self.per or roles.group_of_shared()
+            problems = one_read or (self._problems(per, shared) if computes else Problems(per, shared))
             kind = self.weighting
             tracked = Tracked(kind, shared_rows, scale) if isinstance(kind, MemoryWeighting) else None
             gram, own_gram = self._squares(tasks, problems, shared_rows, own_rows, own, scale, tracked)
@@ -433,9 +453,15 @@ class MultiTaskOptimizer(SavedState):
                     if source is not None:
                         source.complete(info)
                     return info
-                buffers = one_read.finish(applied, self.max_norm) if one_read else ranks.buffers(shared_rows, shared)
-                if tracked is None and one_read is None:
-                    problems.combine(shared_rows, ranks.scaled(applied if factor is None else applied / factor), buffers)
+                if one_read is not None:
+                    buffers = one_read.finish(applied, self.max_norm)
+                elif tracked is not None:
+                    buffers = ranks.buffers(shared_rows, shared)
+                else:
+                    out = None if isinstance(problems, HostProblems) else ranks.buffers(shared_rows, shared)
+                    scaled = ranks.scaled(applied if factor is None else applied / factor)
+                    buffers = problems.combine(shared_rows, scaled, out)
+                    del out  # the buffers have no other reference then, as widening them wants
             own_weights = own_weights if factor is None else own_weights / factor
             shows_nan = first_written(shared, buffers)
             own_buffers = ranks.buffers(own_rows, own)
@@ -443,6 +469,8 @@ class MultiTaskOptimizer(SavedState):
             if tracked is not None:
                 tracked.combine(applied, ~info.skipped, buffers, scaled=accumulate)
                 kept.forget_buffers()  # which belong to the memories as they are now
+            if self.rows == "bfloat16" and computes:
+                widen_(buffers, shared_rows, shared)
             shows_nan = first_written(own, own_buffers) if shows_nan is None else shows_nan
             every = [*shared, *own]
             self._fill(every, ranks.gather([*buffers, *own_buffers], every), accumulate)
@@ -451,6 +479,10 @@ class MultiTaskOptimizer(SavedState):
         self._accumulated = Accumulated()
         self._note(info, shows_nan, scaled=scale is not None and accumulate)
         return info
+
+    def _problems(self, per: Granularity | Groups, tensors: Sequence[Tensor]) -> Problems:
+        """Of rows that are held as ``rows`` says."""
+        return (HostProblems if self.rows == "host" else Problems)(per, tensors)
 
     def _fill(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], accumulate: bool) -> None:
         """Puts the update into ``.grad``: adds it to what is there, or replaces it for every parameter."""

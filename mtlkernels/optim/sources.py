@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..weightings import MemoryWeighting, Weighting
 from .gram_source import GramSource
+from .online import OnlineGram
 from .representation import Representation, RepresentationGram
 from .streamed import Cuts, StreamedGram
 from .sub_batch import SubBatch, SubBatchGram
@@ -35,10 +36,15 @@ def gram_source(
     options = {"representation": representation, "gram_losses": gram_losses, "cuts": cuts}
     names = [name for name, value in options.items() if value is not None]
     if not names:
-        return None
+        return OnlineGram(optimizer, kept) if optimizer.rows == "online" and optimizer._held.left <= 0 else None
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} are both given; pass one of them.")
     (name,) = names
+    if optimizer.rows == "online":
+        raise ValueError(
+            f'{name} is given, but rows is "online", which takes the weights from the gradients as they arrive; leave {name} '
+            'out, or pass rows="stored".'
+        )
     method = optimizer.weighting
     plain = isinstance(method, Weighting) and not isinstance(method, MemoryWeighting)
     if not plain or optimizer._one_pass or optimizer._crosses:

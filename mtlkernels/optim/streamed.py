@@ -150,6 +150,8 @@ class StreamedGram(GramSource):
                 for leaf, grad in zip(inputs, _passed(segment.roots[k], given, inputs, retain=True), strict=True):
                     rows, place = (self.own[k], mine[k][id(leaf)]) if id(leaf) in mine[k] else (at[id(leaf)], k)
                     rows[place] = _added(rows[place], grad)
+                for column in above:
+                    column[k] = None  # passed on: K gradients are there at one end of a segment, not at both
             done = []
             for leaf in segment.leaves:
                 uses[id(leaf)] -= 1

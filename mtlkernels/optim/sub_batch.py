@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..gradients import Rows, Source, autograd_nodes, check_graph, task_gradients, weighted_gradients
-from ..granularity import Problems
 from .gram_source import GramSource
 from .info import StepInfo
 from .losses import Losses, order_losses
@@ -56,12 +55,16 @@ class SubBatchGram(GramSource):
             if scale is not None:
                 ordered = [None if loss is None else loss * scale.to(loss.device) for loss in ordered]
             rows += task_gradients(
-                ordered, inputs, optimizer.gradients, lambda row, _: optimizer._scatter_row(row[: len(shared)], shared)
+                ordered,
+                inputs,
+                optimizer.gradients,
+                lambda row, _: optimizer._scatter_row(row[: len(shared)], shared),
+                arrived=optimizer._arrived(shared),
             )
         rows = [row[: len(shared)] for row in rows]
         ranks.wait()
         with torch.no_grad():
-            gram = optimizer._unscaled(optimizer._gram(Problems("model", shared), rows, shared, tasks), scale)
+            gram = optimizer._unscaled(optimizer._gram(optimizer._problems("model", shared), rows, shared, tasks), scale)
             self._hold(tasks, losses, gram, None)
 
     def _taken(self, gram: Tensor) -> Tensor:
