@@ -19,7 +19,6 @@ from torch.utils.flop_counter import flop_registry
 import mtlkernels as mtl
 from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.planner import MODES, Setting, Step
-from mtlkernels.planner.modes import _held
 
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 TOKENS = 4 * LENGTH
@@ -34,7 +33,8 @@ def ways(*kinds: str) -> list[tuple[str, str]]:
 def planned(setting: Setting, mode: str) -> Step:
     """The step of the mode that computes weights, or one ``between`` them."""
     step = Step(setting)
-    (_held if mode == "between" else MODES[mode].run)(step)
+    run = MODES["update_every"].between if mode == "between" else MODES[mode].run
+    run(step)
     return step
 
 
