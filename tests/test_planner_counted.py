@@ -120,14 +120,15 @@ def test_peak_memory_of_one_rank(mode, sequences):
     assert beyond_kept(training.model.setting(tokens), mode) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("sequences", [1, 32], ids=["mostly on the way", "mostly activations"])
 @pytest.mark.parametrize(("sharding", "mode"), IN_FAKE_WORLDS)
-def test_peak_memory_of_a_rank_of_64(sharding, mode):
-    model = {"width": 128, "layers": 4, "rows": 8}
+def test_peak_memory_of_a_rank_of_64(sharding, mode, sequences):
+    model, tokens = {"width": 128, "layers": 4, "rows": 8}, max(sequences, 4 if mode == "sub-batch" else 1) * LENGTH
     with fake_world(64):
-        training = Training(mode, sharding, TOKENS, **model).ready()
+        training = Training(mode, sharding, tokens, **model).ready()
         peak = peak_bytes(training.step)
 
-    setting = Transformer(**model).setting(TOKENS, gpus=64, sharding=sharding)
+    setting = Transformer(**model).setting(tokens, gpus=64, sharding=sharding)
     assert beyond_kept(setting, mode) == pytest.approx(peak, rel=0.1)
 
 
