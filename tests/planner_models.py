@@ -131,14 +131,12 @@ class Training:
         self.optimizer.step(losses, **given)
 
     def ready(self) -> "Training":
-        """After the steps that make state, and compare ranks."""
+        """After the steps that make the optimizer's state and compare the ranks."""
         for _ in range(1 if self.mode == "update_every" else 3):
             self.step()
             self.inner.zero_grad()
-        if self.optimizer is not None:
-            self.optimizer._compares = False  # as after a first step
-            if self.mode == "update_every":  # the next one is an update again
-                self.optimizer._held = self.optimizer._held._replace(left=0)
+        if self.mode == "update_every":  # the next one is an update again
+            self.optimizer._held = self.optimizer._held._replace(left=0)
         return self
 
     def kept(self) -> list[Tensor]:

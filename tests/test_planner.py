@@ -141,7 +141,7 @@ def test_a_line_for_every_mode(capsys, sharding, refused):
 
 
 def test_json_has_what_the_table_has(capsys):
-    arguments = [*SMALL, "--gpus", "8", "--gpu", "a100", "--head-params", "100"]
+    arguments = [*SMALL, "--tokens", "4096", "--gpus", "8", "--gpu", "a100", "--head-params", "100"]
     found = record(capsys, *arguments)
     text = printed(capsys, *arguments)
 
@@ -150,7 +150,8 @@ def test_json_has_what_the_table_has(capsys):
         assert line in text
     for mode in found["modes"]:
         times = mode["seconds"]
-        assert mode["at_least"] == max(times["compute"] + times["memory"], times["network"])
+        assert mode["at_least"] == times["compute"] + times["memory"] > times["network"]
+        assert mode["bound_by"] == "compute"
         (row,) = [line for line in text.splitlines() if re.match(rf"{re.escape(mode['mode'])}  +\d", line)]
         assert f"{1e3 * mode['at_least']:.4g} (" in row
         assert f" {sum(kind['count'] for kind in mode['collectives']):g} " in row

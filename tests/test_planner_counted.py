@@ -17,9 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import mtlkernels as mtl
-from mtlkernels.finish import combine_adam_
+from mtlkernels.finish import combine_adam_, combine_sgd_
 from mtlkernels.planner import MODES, Setting, Step
-from mtlkernels.planner.modes import _held
 
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 TOKENS = 4 * LENGTH
@@ -34,7 +33,8 @@ def ways(*kinds: str) -> list[tuple[str, str]]:
 def planned(setting: Setting, mode: str) -> Step:
     """The step of the mode that computes weights, or one ``between`` them."""
     step = Step(setting)
-    (_held if mode == "between" else MODES[mode].run)(step)
+    run = MODES["update_every"].between if mode == "between" else MODES[mode].run
+    run(step)
     return step
 
 
@@ -83,12 +83,21 @@ def test_collectives_of_two_ranks(workers, sharding, mode):
         assert calls == expected_collectives(mode, sharding, 2, model)
 
 
-@pytest.mark.parametrize("mode", ["stored", "streamed", "loss-only"])
+@pytest.mark.parametrize("mode", ["stored", "loss-only"])
 def test_buckets(mode):
     """A model of several: tensors larger than one, and smaller."""
-    model = {"width": 1536, "layers": 2, "tasks": 2, "rows": 2}
+    model = {"width": 1536, "layers": 1, "tasks": 2, "rows": 2}
     with fake_world(64):
         assert collectives(mode, "ddp", model) == expected_collectives(mode, "ddp", 64, model)
+
+
+def test_buckets_of_ddp(workers):
+    """The first of which is smaller."""
+    model = {"width": 384, "layers": 6}
+    expected = expected_collectives("sum of losses", "ddp", 2, model)
+    assert len(expected) > 2
+    for calls in workers.run(2, collectives, "sum of losses", "ddp", model):
+        assert calls == expected
 
 
 # --- peak memory --------------------------------------------------------------------------------------------------------------
@@ -111,14 +120,15 @@ def test_peak_memory_of_one_rank(mode, sequences):
     assert beyond_kept(training.model.setting(tokens), mode) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("sequences", [1, 32], ids=["mostly on the way", "mostly activations"])
 @pytest.mark.parametrize(("sharding", "mode"), IN_FAKE_WORLDS)
-def test_peak_memory_of_a_rank_of_64(sharding, mode):
-    model = {"width": 128, "layers": 4, "rows": 8}
+def test_peak_memory_of_a_rank_of_64(sharding, mode, sequences):
+    model, tokens = {"width": 128, "layers": 4, "rows": 8}, max(sequences, 4 if mode == "sub-batch" else 1) * LENGTH
     with fake_world(64):
-        training = Training(mode, sharding, TOKENS, **model).ready()
+        training = Training(mode, sharding, tokens, **model).ready()
         peak = peak_bytes(training.step)
 
-    setting = Transformer(**model).setting(TOKENS, gpus=64, sharding=sharding)
+    setting = Transformer(**model).setting(tokens, gpus=64, sharding=sharding)
     assert beyond_kept(setting, mode) == pytest.approx(peak, rel=0.1)
 
 
@@ -224,8 +234,8 @@ def test_bytes_and_launches_of_a_fused_finish(optimizer):
     assert_moved(device, planned(setting, "stored, fused"), 3)
 
 
-ROOM = {"gram": 62, "combine": 60, "finish": 57}
-"""So many tensors of 64 tasks are in one launch: 32,684 / (8 q + 12) of q pointers each, 64 of gradients among them."""
+ROOM = {"gram": 98, "combine": 93, "sgd": 89, "adamw": 86}
+"""So many tensors of 40 tasks are in one launch: 32,684 / (8 q + 12) of q pointers each, 40 of gradients among them."""
 
 
 @requires_nvcc
@@ -234,7 +244,7 @@ ROOM = {"gram": 62, "combine": 60, "finish": 57}
 def test_tables_of_many_tensors(op, more):
     from simulated import simulated_cuda
 
-    tasks, count = 64, ROOM[op] + more
+    tasks, count = 40, ROOM[op] + more
     rows = [[torch.ones(1) for _ in range(count)] for _ in range(tasks)]
     out, weights = [torch.ones(1) for _ in range(count)], torch.ones(tasks, dtype=torch.float64)
     states = [[torch.ones(1) for _ in range(count)] for _ in range(2)]
@@ -242,12 +252,13 @@ def test_tables_of_many_tensors(op, more):
     calls = {
         "gram": lambda: mtl.gram(rows),
         "combine": lambda: mtl.combine(rows, weights, out=out),
-        "finish": lambda: combine_adam_(out, *states, [], steps, rows, weights, rate),
+        "sgd": lambda: combine_sgd_(out, [], rows, weights, rate),
+        "adamw": lambda: combine_adam_(out, *states, [], steps, rows, weights, rate),
     }
     with simulated_cuda() as device:
         calls[op]()
 
-    step = Step(Setting([[(1,)] * count], [[]] * tasks, 1, 1, element=4))
-    getattr(step, op)(tasks, step.s.shared)
+    step = Step(Setting([[(1,)] * count], [[]] * tasks, 1, 1, element=4, optimizer=op if op in OPTIMIZERS else "adamw"))
+    getattr(step, "finish" if op in OPTIMIZERS else op)(tasks, step.s.shared)
     assert len(device.launches) == step.launches
     assert sum("gram_finish" not in launch.kernel for launch in device.launches) == 1 + more

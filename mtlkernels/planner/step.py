@@ -17,6 +17,8 @@ FIRST_BUCKET = 2**20
 """Of DistributedDataParallel's first bucket."""
 ONE_READ_TASKS = 8
 """So many tasks ``gram_combine_`` takes in one read on CUDA."""
+FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+"""How many times (n - 1) / n of a tensor a rank sends in a ring."""
 STATES = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}
 """Torch optimizer -> tensors like the parameter in its state."""
 FINISH_POINTERS = {"sgd": 4, "momentum": 4, "adam": 6, "adamw": 6}
@@ -150,9 +152,6 @@ class Step:
         peak: the most that were.
     """
 
-    FACTORS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # noqa: RUF012
-    """How many times (n - 1) / n of the tensor a rank sends in a ring."""
-
     def __init__(self, setting: Setting) -> None:
         self.s = setting
         self.flops = self.moved = self.stepped = self.launches = 0.0
@@ -163,7 +162,7 @@ class Step:
 
     def sent(self) -> float:
         """Bytes that the rank sends in rings."""
-        moved = sum(self.FACTORS[kind] * size * count for (kind, size), count in self.collectives.items())
+        moved = sum(FACTORS[kind] * size * count for (kind, size), count in self.collectives.items())
         return moved * (self.s.gpus - 1) / self.s.gpus
 
     def hold(self, size: float) -> None:
