@@ -110,32 +110,39 @@ def test_two_processes_are_one(plain):
     assert done.stdout.strip() == alone.strip()
 
 
-def lightning_rank(folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+def train_on_rank(name: str, folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
     """Trains on one of several ranks, each with its share of every micro-batch."""
-    module, group = example("lightning"), torch.distributed.group.WORLD
-    ranks = torch.distributed.get_world_size()
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # so that Lightning starts no processes
-
-    def loader(data: Digits, settings: Settings) -> DataLoader:
-        sampler = DistributedSampler(data, shuffle=False)
-        return DataLoader(data, settings.batch // ranks, sampler=sampler)
-
+    module, group = example(name), torch.distributed.group.WORLD
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": 0}.items():
+            patch.setenv(key, str(value))  # what a launcher sets
+        patch.setenv("MASTER_ADDR", "localhost")
         patch.setattr(module, "optimizer_of", lambda net, settings: optimizer_of(net, settings, process_group=group))
-        patch.setattr(Digits, "loader", loader)
-        options = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
-        result = module.train(SETTINGS, Path(folder), False, **options)
+        options: dict[str, Any] = {}
+        if name == "lightning":
+
+            def loader(data: Digits, settings: Settings) -> DataLoader:
+                return DataLoader(data, settings.batch, sampler=DistributedSampler(data, shuffle=False))
+
+            patch.setattr(Digits, "loader", loader)
+            options = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
+        digits = Digits(SETTINGS)
+        patch.setattr(module, "Digits", lambda settings: digits)
+        result = module.train(Settings(**vars(SETTINGS) | {"batch": SETTINGS.batch // ranks}), Path(folder), False, **options)
     return parameters(result), result.history
 
 
 @pytest.mark.slow
-def test_lightning_on_two_ranks_is_one_process(workers, plain, tmp_path):
-    done = workers.run(2, lightning_rank, str(tmp_path), timeout=120)
+@pytest.mark.parametrize("name", ["huggingface", "lightning"])
+def test_two_ranks_are_one_process(workers, plain, tmp_path, name):
+    done = workers.run(2, train_on_rank, name, str(tmp_path), timeout=120)
     for params, _ in done:
         for actual, expected in zip(params, parameters(plain), strict=True):
             torch.testing.assert_close(actual, expected, **CLOSE)
-    assert [len(history) for _, history in done] == [SETTINGS.updates, 0]
-    assert done[0][1][0]["loss/left"] == pytest.approx(plain.history[0]["loss/left"], rel=1e-5)
+    history = done[0][1]
+    assert len(history) == SETTINGS.updates
+    assert history[0]["loss/left"] == pytest.approx(plain.history[0]["loss/left"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
