@@ -19,6 +19,7 @@ import trainer_plain  # noqa: E402
 from trainer_task import TASKS, Digits, Net, Result, Settings, main, optimizer_of  # noqa: E402
 
 import mtlkernels as mtl  # noqa: E402
+from mtlkernels.trainers import joint_loss  # noqa: E402
 
 TRAINERS = ("accelerate", "huggingface", "lightning")
 SETTINGS = Settings(updates=8, batch=8, parts=3, max_norm=0.2, warmup=2)
@@ -215,6 +216,22 @@ def test_lightning_refuses_a_batch_without_losses(tmp_path):
             module.train(SETTINGS, tmp_path, False)
     finally:
         module.Module = original
+
+
+def test_fabric_wraps_the_optimizer(plain):
+    import lightning
+
+    fabric, net = lightning.Fabric(accelerator="cpu", devices=1), Net(SETTINGS.seed)
+    model, optimizer = fabric.setup(net, optimizer_of(net, SETTINGS))
+    before = [p.clone() for p in net.parameters()]
+    data = Digits(SETTINGS)
+    for factor in (float("nan"), 1.0):  # what the first update knows about itself has to reach the step
+        losses = model(**data[slice(0, 8)])["losses"]
+        fabric.backward(joint_loss(optimizer, {task: loss * factor for task, loss in losses.items()}))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, net.parameters(), before)) == (factor != 1)
+    assert all(p.isfinite().all() for p in net.parameters())
 
 
 def test_the_package_needs_no_trainer():

@@ -25,7 +25,7 @@ def joint_loss(
     graph of the losses, but keeps it alive; its ``backward()`` frees that graph as theirs would.
 
     Args:
-        optimizer: a :class:`MultiTaskOptimizer`, or Accelerate's wrapper of one. The wrapper has ``scaler`` and knows
+        optimizer: a :class:`MultiTaskOptimizer`, or a trainer's wrapper of one. Accelerate's has ``scaler`` and knows
             ``last``: leave out both.
         losses: as in :meth:`MultiTaskOptimizer.backward`.
         scaler: the ``GradScaler`` that the loop scales the scalar with: Gram and weights are those of unscaled gradients.
@@ -37,10 +37,11 @@ def joint_loss(
         ValueError: an optimizer that needs more than one forward pass, a weighting that ``observes``, and as
             :meth:`MultiTaskOptimizer.backward`, which raises what it finds from the scalar's ``backward()``.
     """
-    state = getattr(optimizer, "gradient_state", None)
-    if state is not None:
-        accelerated: Any = optimizer
-        optimizer, scaler, last = accelerated.optimizer, accelerated.scaler, state.sync_gradients
+    wrapper: Any = optimizer
+    if hasattr(wrapper, "gradient_state"):
+        optimizer, scaler, last = wrapper.optimizer, wrapper.scaler, wrapper.gradient_state.sync_gradients
+    while isinstance(inner := getattr(optimizer, "optimizer", None), MultiTaskOptimizer):
+        optimizer = inner  # Lightning's wrappers are of its class, too, and would keep what an update leaves to the step
     if not isinstance(optimizer, MultiTaskOptimizer) or isinstance(optimizer, FlatMinimaOptimizer):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__}, which has no backward(losses); pass a MultiTaskOptimizer, as "
