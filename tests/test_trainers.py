@@ -78,6 +78,18 @@ def test_log_is_that_of_the_plain_loop(trained, plain):
     assert [row["learning_rate"] for row in plain.history[:3]] == [0, 1.5e-3, 3e-3]
 
 
+@pytest.mark.parametrize(("name", "share"), [("accelerate", 2 / 3), ("huggingface", 1.0), ("lightning", 2 / 3)])
+def test_epoch_ends_with_fewer_micro_batches(name, share, tmp_path, monkeypatch):
+    """Two of three: the trainer steps nevertheless, and divides by two or by three, as it does with one loss."""
+    rows = len(Digits(SETTINGS)) - SETTINGS.batch
+    monkeypatch.setattr(Digits, "__len__", lambda data: rows)
+    history = example(name).train(SETTINGS, tmp_path, False).history
+    assert len(history) == SETTINGS.updates
+    for last in (3, 7):
+        for task in TASKS:
+            assert history[last][f"loss/{task}"] == pytest.approx(share * history[last - 1][f"loss/{task}"], rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["plain", *TRAINERS])
 def test_resumed_training_has_the_same_bits(name, tmp_path):
     # A method with a state of its own, beside the state of Adam and of the schedule.
