@@ -6,7 +6,7 @@ texts come with installed packages; nothing is downloaded. Prints what K gradien
 documents that no adapter has seen.
 
     python examples/lora.py                               one seed
-    python examples/lora.py --seeds 3 --steps 100         less to chance
+    python examples/lora.py --seeds 3                     the table of docs/trainers.md
 """
 
 import argparse
@@ -145,7 +145,7 @@ def report(before: Run, runs: dict[str, list[Run]], sizes: tuple[int, int]) -> s
         f"{len(names)} gradients of {sizes[0]:,} adapter parameters take {adapters:.1f} MB in float32; of all {sizes[1]:,} "
         f"parameters they would take {everything:.0f} MB.\n\n{table(rows)}\n\nAccuracy: which of {TEST} passages comes next in "
         "the document. Own adapters: for each domain alone, with as many batches of it as the others see. "
-        f"{len(next(iter(runs.values())))} seed(s) of the adapters and batches, mean ± standard deviation."
+        f"Seeds: {len(next(iter(runs.values())))}, of adapters and batches; mean ± standard deviation."
     )
 
 

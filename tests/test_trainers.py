@@ -19,6 +19,7 @@ import trainer_plain  # noqa: E402
 from trainer_task import TASKS, Digits, Net, Result, Settings, main, optimizer_of  # noqa: E402
 
 import mtlkernels as mtl  # noqa: E402
+from mtlkernels.trainers import joint_loss  # noqa: E402
 
 TRAINERS = ("accelerate", "huggingface", "lightning")
 SETTINGS = Settings(updates=8, batch=8, parts=3, max_norm=0.2, warmup=2)
@@ -77,6 +78,18 @@ def test_log_is_that_of_the_plain_loop(trained, plain):
     assert [row["learning_rate"] for row in plain.history[:3]] == [0, 1.5e-3, 3e-3]
 
 
+@pytest.mark.parametrize(("name", "share"), [("accelerate", 2 / 3), ("huggingface", 1.0), ("lightning", 2 / 3)])
+def test_epoch_ends_with_fewer_micro_batches(name, share, tmp_path, monkeypatch):
+    """Two of three: the trainer steps nevertheless, and divides by two or by three, as it does with one loss."""
+    rows = len(Digits(SETTINGS)) - SETTINGS.batch
+    monkeypatch.setattr(Digits, "__len__", lambda data: rows)
+    history = example(name).train(SETTINGS, tmp_path, False).history
+    assert len(history) == SETTINGS.updates
+    for last in (3, 7):
+        for task in TASKS:
+            assert history[last][f"loss/{task}"] == pytest.approx(share * history[last - 1][f"loss/{task}"], rel=0.05)
+
+
 @pytest.mark.parametrize("name", ["plain", *TRAINERS])
 def test_resumed_training_has_the_same_bits(name, tmp_path):
     # A method with a state of its own, beside the state of Adam and of the schedule.
@@ -110,32 +123,39 @@ def test_two_processes_are_one(plain):
     assert done.stdout.strip() == alone.strip()
 
 
-def lightning_rank(folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+def train_on_rank(name: str, folder: str) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
     """Trains on one of several ranks, each with its share of every micro-batch."""
-    module, group = example("lightning"), torch.distributed.group.WORLD
-    ranks = torch.distributed.get_world_size()
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # so that Lightning starts no processes
-
-    def loader(data: Digits, settings: Settings) -> DataLoader:
-        sampler = DistributedSampler(data, shuffle=False)
-        return DataLoader(data, settings.batch // ranks, sampler=sampler)
-
+    module, group = example(name), torch.distributed.group.WORLD
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": 0}.items():
+            patch.setenv(key, str(value))  # what a launcher sets
+        patch.setenv("MASTER_ADDR", "localhost")
         patch.setattr(module, "optimizer_of", lambda net, settings: optimizer_of(net, settings, process_group=group))
-        patch.setattr(Digits, "loader", loader)
-        options = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
-        result = module.train(SETTINGS, Path(folder), False, **options)
+        options: dict[str, Any] = {}
+        if name == "lightning":
+
+            def loader(data: Digits, settings: Settings) -> DataLoader:
+                return DataLoader(data, settings.batch, sampler=DistributedSampler(data, shuffle=False))
+
+            patch.setattr(Digits, "loader", loader)
+            options = {"devices": ranks, "strategy": "ddp", "use_distributed_sampler": False}
+        digits = Digits(SETTINGS)
+        patch.setattr(module, "Digits", lambda settings: digits)
+        result = module.train(Settings(**vars(SETTINGS) | {"batch": SETTINGS.batch // ranks}), Path(folder), False, **options)
     return parameters(result), result.history
 
 
 @pytest.mark.slow
-def test_lightning_on_two_ranks_is_one_process(workers, plain, tmp_path):
-    done = workers.run(2, lightning_rank, str(tmp_path), timeout=120)
+@pytest.mark.parametrize("name", ["huggingface", "lightning"])
+def test_two_ranks_are_one_process(workers, plain, tmp_path, name):
+    done = workers.run(2, train_on_rank, name, str(tmp_path), timeout=120)
     for params, _ in done:
         for actual, expected in zip(params, parameters(plain), strict=True):
             torch.testing.assert_close(actual, expected, **CLOSE)
-    assert [len(history) for _, history in done] == [SETTINGS.updates, 0]
-    assert done[0][1][0]["loss/left"] == pytest.approx(plain.history[0]["loss/left"], rel=1e-5)
+    history = done[0][1]
+    assert len(history) == SETTINGS.updates
+    assert history[0]["loss/left"] == pytest.approx(plain.history[0]["loss/left"], rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
@@ -208,6 +228,22 @@ def test_lightning_refuses_a_batch_without_losses(tmp_path):
             module.train(SETTINGS, tmp_path, False)
     finally:
         module.Module = original
+
+
+def test_fabric_wraps_the_optimizer(plain):
+    import lightning
+
+    fabric, net = lightning.Fabric(accelerator="cpu", devices=1), Net(SETTINGS.seed)
+    model, optimizer = fabric.setup(net, optimizer_of(net, SETTINGS))
+    before = [p.clone() for p in net.parameters()]
+    data = Digits(SETTINGS)
+    for factor in (float("nan"), 1.0):  # what the first update knows about itself has to reach the step
+        losses = model(**data[slice(0, 8)])["losses"]
+        fabric.backward(joint_loss(optimizer, {task: loss * factor for task, loss in losses.items()}))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(map(torch.equal, net.parameters(), before)) == (factor != 1)
+    assert all(p.isfinite().all() for p in net.parameters())
 
 
 def test_the_package_needs_no_trainer():

@@ -22,10 +22,10 @@ def joint_loss(
 
     Whatever a loop multiplies the scalar by before it calls ``backward()``, 1 / micro-batches or a scale, the losses are
     multiplied by: ``.grad`` is what the loop expects to clip, to unscale and to step from. The scalar is no part of the
-    graph of the losses, which it keeps alive until its ``backward()``; that may be called once.
+    graph of the losses, but keeps it alive; its ``backward()`` frees that graph as theirs would.
 
     Args:
-        optimizer: a :class:`MultiTaskOptimizer`, or Accelerate's wrapper of one. The wrapper has ``scaler`` and knows
+        optimizer: a :class:`MultiTaskOptimizer`, or a trainer's wrapper of one. Accelerate's has ``scaler`` and knows
             ``last``: leave out both.
         losses: as in :meth:`MultiTaskOptimizer.backward`.
         scaler: the ``GradScaler`` that the loop scales the scalar with: Gram and weights are those of unscaled gradients.
@@ -37,10 +37,11 @@ def joint_loss(
         ValueError: an optimizer that needs more than one forward pass, a weighting that ``observes``, and as
             :meth:`MultiTaskOptimizer.backward`, which raises what it finds from the scalar's ``backward()``.
     """
-    state = getattr(optimizer, "gradient_state", None)
-    if state is not None:
-        accelerated: Any = optimizer
-        optimizer, scaler, last = accelerated.optimizer, accelerated.scaler, state.sync_gradients
+    wrapper: Any = optimizer
+    if hasattr(wrapper, "gradient_state"):
+        optimizer, scaler, last = wrapper.optimizer, wrapper.scaler, wrapper.gradient_state.sync_gradients
+    while isinstance(inner := getattr(optimizer, "optimizer", None), MultiTaskOptimizer):
+        optimizer = inner  # Lightning's wrappers are of its class, too, and would keep what an update leaves to the step
     if not isinstance(optimizer, MultiTaskOptimizer) or isinstance(optimizer, FlatMinimaOptimizer):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__}, which has no backward(losses); pass a MultiTaskOptimizer, as "
@@ -52,19 +53,17 @@ def joint_loss(
             "not compute; call optimizer.step(closure) in a loop of your own, or pass another weighting."
         )
     tasks, ordered = order_losses(losses, optimizer.tasks)
-    waiting = [dict(zip(tasks, ordered, strict=True))]
     values = [loss.detach().reshape(()) for loss in ordered if loss is not None]
     values = [value.to(values[0].device, torch.promote_types(value.dtype, torch.float32)) for value in values]
     joint = torch.stack(values).sum().requires_grad_()
 
     @torch.enable_grad()
     def backward(factor: Tensor) -> None:
-        if not waiting:
-            raise RuntimeError("backward was called a second time on a joint loss; compute the losses again.")
-        given = waiting.pop()
         if scaler is not None:
             factor = factor / scaler.scale(torch.ones_like(factor))
-        given = {task: None if loss is None else loss * factor.to(loss.device) for task, loss in given.items()}
+        given = dict.fromkeys(tasks) | {
+            task: loss * factor.to(loss.device) for task, loss in zip(tasks, ordered, strict=True) if loss is not None
+        }
         if not last:
             optimizer.accumulate(given, scaler)
             return
