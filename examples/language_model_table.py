@@ -253,8 +253,9 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         less that of plain AdamW with the same seed. Conflicts: pairs of domains with gradients of a negative cosine, over
         all steps (and tensors, where each has its own weights); FAMO and plain AdamW do not know. Step: CPU time of a rank
         over that of plain AdamW with the same seed. Peak: what a rank allocates in a step beyond what is there between
-        steps. Plain AdamW is the mean of the losses without a line of mtlkernels; equal weights take the same update, so the
-        two differ by rounding. Few seeds, and runs that end long before the losses stop falling, say little about long ones.
+        steps. Plain AdamW is the mean of the losses without a line of mtlkernels; equal weights take the same update, and
+        what the two differ by is what the rounding of bfloat16 comes to by the end. Few seeds, and runs that end
+        long before the losses stop falling, say little about long ones.
     """)
     kill = one_line(f"""
         Both ranks of one more run of {METHODS[KILLED]}, seed 0, killed themselves by SIGKILL after step
