@@ -329,7 +329,7 @@ class Trainer:
             folder.mkdir(parents=True, exist_ok=True)
             path, done = folder / "config.json", checkpoints(folder)
             if not path.exists():
-                path.write_text(json.dumps(own, indent=1))
+                write_lines(path, [own])
             lines = read_lines(folder / "log.jsonl") if done else []
             found = [(json.loads(path.read_text()), done[-1] if done else None, lines)]
         dist.broadcast_object_list(found)  # so that all go on from the same one

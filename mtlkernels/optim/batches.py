@@ -119,7 +119,10 @@ class Batches(Decisions):
     def _check_heads(self, tasks: Sequence[Task]) -> None:
         for task in self._roles.heads:
             if task not in tasks:
-                raise ValueError(f"heads names the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}.")
+                raise ValueError(
+                    f"heads names the unknown task {task!r}; the tasks are {', '.join(map(repr, tasks))}. Pass tasks=[...] at "
+                    "construction where the first losses may lack a task."
+                )
 
     def _rows(
         self,
