@@ -34,7 +34,8 @@ def meta(num_rows: int, dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[s
     """Constants and options of the kernel, those of gram, and the tiles of a whole chunk, whose results wait in registers."""
     _, constants, options = gram.meta(num_rows, dtype, False, chip)
     own = {name: constants[name] for name in ("T", "K", "E", "V")}
-    return own | {"TILES": gram.CHUNK // constants["E"]}, options
+    # AMD's compiler would issue the loads of all tiles first, for which even its registers do not suffice.
+    return own | {"TILES": gram.CHUNK // constants["E"], "FENCED": not chip.nvidia}, options
 
 
 @triton.jit
@@ -60,10 +61,11 @@ def gram_combine_pairs(
     E: tl.constexpr,
     V: tl.constexpr,
     TILES: tl.constexpr,
+    FENCED: tl.constexpr,
 ):
     """Products and results of one chunk. Its pointers: the rows, then the result; its index: where its products go.
 
-    ``weights`` float64 [num_rows].
+    ``weights`` float64 [num_rows]. FENCED: a barrier after every second tile, which later loads do not pass.
     """
     S: tl.constexpr = tl.float64 if T == tl.float64 else tl.float32
     pointers, begin, count, number, index = find_chunk(table, num_tensors, num_rows + 1)
@@ -99,6 +101,8 @@ def gram_combine_pairs(
                 values = load_rows(rows, tile * E + lanes, True, T, S, K, 0, True)
                 sums = add_pairs(sums, values, S, K, E, V)
                 held += (_weighted(values, weights, num_rows, S, T, K),)
+                if FENCED and tile % 2 == 1:
+                    tl.debug_barrier()
             store_pairs(sums, rows, pointers, begin, count, first, step, num_rows, T, S, K, E, 0)
             tl.debug_barrier()  # every thread has read all that it reads
             for tile in tl.static_range(TILES):
