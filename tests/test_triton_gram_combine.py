@@ -33,7 +33,7 @@ def check(grads, weights, out=None, **options) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_tasks", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_tasks", [1, 2, 3, 4])
 def test_the_bits_of_gram_and_the_sums_of_float64(dtype, num_tasks):
     grads = random_gradients(num_tasks, [(1,), (33, 5), (0, 2), (CHUNK + 9,), (2047,)], dtype)
     check(grads, random_weights(num_tasks))
@@ -62,7 +62,7 @@ def test_weights_outside_float32(factor):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_tasks", [2, 4, 8])
+@pytest.mark.parametrize("num_tasks", [2, 4])
 def test_each_byte_is_read_and_written_once(dtype, num_tasks, in_place):
     grads = random_gradients(num_tasks, [(2 * CHUNK,)], dtype)
     _, out = run_both(grads, random_weights(num_tasks), [grads[0][0]] if in_place else None)

@@ -1,4 +1,4 @@
-"""gram_combine_ in Triton: G[i, j] = sum_e g_i[e] g_j[e] and out[e] = sum_k w_k g_k[e] in one read of up to 8 rows.
+"""gram_combine_ in Triton: G[i, j] = sum_e g_i[e] g_j[e] and out[e] = sum_k w_k g_k[e] in one read of up to 4 rows.
 
 The Gram is gram's, to the bit: a program reads one chunk of one tensor, a second launch adds the chunks. Sums are float32
 (float64 for float64 gradients), in the order of k. A chunk whose squares leave float32's range is read again, and the result
@@ -6,8 +6,7 @@ may be one of the rows: so a whole chunk's results wait in registers until its p
 a tensor, misaligned rows, and all rows where a weight leaves float32's range are read a second time, from the cache. More rows
 take the launches of gram, then those of combine_.
 
-Cost: the loop over a whole chunk is unrolled, so that the kernel of 8 rows takes Triton several times as long to compile as
-gram's.
+Cost: the loop over a whole chunk is unrolled, so that Triton takes longer to compile it than gram's.
 """
 
 from collections.abc import Sequence
@@ -26,8 +25,8 @@ from .launch import NVIDIA, Chip, Launch, Work, addresses, by_kernel, chip_of, s
 from .placing import entangled, run_placed
 from .tiles import VECTOR_BYTES, at_element, find_chunk, vector_count
 
-MAX_ROWS = 8
-"""More take two reads."""
+MAX_ROWS = 4
+"""More take two reads: beside the products of 8 rows, too few registers are left for a chunk's results."""
 
 
 def meta(num_rows: int, dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
