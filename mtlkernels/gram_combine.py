@@ -57,7 +57,7 @@ define(
 def gram_combine_(out: Sequence[Tensor | None], grads: Gradients, weights: Tensor) -> Tensor:
     """:func:`mtlkernels.combine` with weights that are known, and :func:`mtlkernels.gram` of the same gradients, in one read.
 
-    On CUDA up to 8 tasks; more, and all in Triton, are read twice. The Gram has the bits of ``gram``; the sums are float32 for
+    On CUDA up to 8 tasks, in Triton up to 4; more are read twice. The Gram has the bits of ``gram``; the sums are float32 for
     float32 and 16-bit gradients, unless a weight leaves its range, where the CPU's ``combine`` has float64.
 
     Args:

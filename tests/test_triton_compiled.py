@@ -22,6 +22,7 @@ from mtlkernels.triton import (
     graddrop,
     gradient_dropout,
     gram,
+    gram_combine,
     launch,
     memory,
     perturb,
@@ -58,6 +59,8 @@ def max_registers(target: targets.Target) -> int:
         return 160 if target.dtype.itemsize >= 4 else 240
     if target.kernel is trimmed_mean.trimmed_mean_chunks:  # what is kept of 16 bytes on both sides, which exchanges bound
         return 160 if target.variant == "trim 1" else 255
+    if target.kernel is gram_combine.gram_combine_pairs:  # a whole chunk's results wait in registers
+        return 255
     if target.kernel is finish.finish_chunks:  # beside the gradients, up to four rows of float32 that move
         return 255
     if target.num_rows <= 4:
@@ -135,6 +138,8 @@ def test_every_launch_is_on_the_list(dtype, num_tasks):
     rows = [[*c, *(t.to(memory_dtype(t.dtype)) for t in c)] for c in columns]
     launches += memory.plan(rows, [torch.empty_like(c[0]) for c in columns], torch.ones(3, num_tasks), False)
     ones, lr = torch.ones(num_tasks, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    if num_tasks <= gram_combine.MAX_ROWS:
+        launches += gram_combine.plan(columns, [torch.empty_like(c[0]) for c in columns], ones)[0]
     launches += excess_risk.plan([[row[0], row[-1]] for row in rows], [0] * len(rows), ones, 1e-7)[0]
     for moved, steps in (2, []), (3, [torch.ones(())] * 2):
         states = [[torch.empty_like(c[0]) for _ in range(moved)] for c in columns]

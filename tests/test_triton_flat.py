@@ -23,7 +23,7 @@ def run_paired(grads, sam, per="tensor", form="difference", **options) -> torch.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tasks", [2, 3, 5, *MANY])
 def test_matches_float64_at_tails_and_chunks(dtype, num_tasks, form):
-    grads = random_gradients(num_tasks, [(1,), (33, 5), (), (gram.chunk_length(2 * num_tasks) + 9,)], dtype)
+    grads = random_gradients(num_tasks, [(1,), (33, 5), (), (gram.CHUNK + 9,)], dtype)
     sam = sam_gradients(grads)
     assert_pairs(run_paired(grads, sam, form=form), grads, sam, "tensor", form)
 
@@ -50,7 +50,7 @@ def test_values_outside_float32(num_tasks, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tasks", [1, 2, 4, 8])
 def test_each_byte_is_read_once(dtype, num_tasks):
-    grads = random_gradients(num_tasks, [(gram.chunk_length(2 * num_tasks) + 4096,)], dtype)
+    grads = random_gradients(num_tasks, [(gram.CHUNK + 4096,)], dtype)
     sam = sam_gradients(grads)
     run_paired(grads, sam)
     report = run_paired.reports[0]

@@ -14,7 +14,7 @@ MANY = [pytest.param(k, marks=pytest.mark.slow) for k in (1, 3, 4, 5, 7, 8, 9, 1
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tasks", [2, 11, *MANY])
 def test_matches_float64_at_tails_and_chunks(dtype, num_tasks):
-    size = gram.chunk_length(num_tasks)
+    size = gram.CHUNK
     grads = random_gradients(num_tasks, [*SMALL, (size - 1,), (size + 1,)], dtype)
     for per in ("model", "tensor"):
         assert_gram(run_gram(grads, per), grads, per=per)
@@ -61,7 +61,7 @@ def test_cross_gram(num_tasks, num_other):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tasks", [2, 4, 8, 16, 64])
 def test_each_byte_is_read_once(dtype, num_tasks):
-    grads = random_gradients(num_tasks, [(gram.chunk_length(num_tasks) + 4096,)], dtype)
+    grads = random_gradients(num_tasks, [(gram.CHUNK + 4096,)], dtype)
     run_gram(grads)
     report = run_gram.reports[0]
     for (row,) in grads:
@@ -138,7 +138,7 @@ def test_elements_past_2_to_the_31(num_tasks):
     """The last chunk of a tensor of more than 2^31 elements; its addresses count back from memory that is there."""
     grads = random_gradients(num_tasks, [(4099,)])
     kernel, constants, options = gram.meta(num_tasks, torch.float32, False)
-    length = gram.chunk_length(num_tasks)
+    length = gram.CHUNK
     number = 2**32 // length
     back = [row[0].data_ptr() - 4 * number * length for row in grads]
     values, _ = launch.table_of([launch.Work(number * length + 4099, length, -number, back)])

@@ -110,9 +110,10 @@ def excess_chunks(table, factors, scalars, sums, num_tensors, T: tl.constexpr, E
             if total == 0:
                 again = _any_nonzero(grad, count, T, E)
     if again:
-        wide = tl.zeros([E], tl.float64)
-        for start in range(0, count, E):
-            offsets = start + lanes
+        few: tl.constexpr = E // 8  # rare, so small rather than fast
+        wide = tl.zeros([few], tl.float64)
+        for start in range(0, count, few):
+            offsets = start + tl.arange(0, few)
             wide += _terms(grad, memory, offsets, offsets < count, factor, epsilon, T, S, False)
         total = tl.sum(wide, 0)
     tl.store(sums + index + number, total)

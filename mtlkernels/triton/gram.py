@@ -35,6 +35,8 @@ from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, load_tile, ve
 
 CLASSES = (2, 4, 8, 16, 64)
 """Numbers of rows that the kernels are compiled for."""
+CHUNK = 8192
+"""Elements of a chunk."""
 FORMS = {"": 0, "difference": 1, "product": 2}
 """What pairs of rows make -> the constant FORM."""
 MAX_CHANNEL = 32768
@@ -88,11 +90,6 @@ def meta(
 def finish_meta(chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and options of :func:`gram_finish`."""
     return {"BLOCK": 512}, chip.options(128)
-
-
-def chunk_length(num_rows: int) -> int:
-    """Elements of a chunk."""
-    return 16384 if num_rows <= 8 else 8192
 
 
 # --- device -------------------------------------------------------------------------------------------------------------
@@ -179,20 +176,10 @@ def _store_float64_products(
 
 
 @triton.jit
-def _add_pairs(
-    sums,
-    rows,
-    offsets,
-    mask,
-    T: tl.constexpr,
-    S: tl.constexpr,
-    K: tl.constexpr,
-    E: tl.constexpr,
-    V: tl.constexpr,
-    FORM: tl.constexpr,
-    ALIGNED: tl.constexpr,
+def load_rows(
+    rows, offsets, mask, T: tl.constexpr, S: tl.constexpr, K: tl.constexpr, FORM: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """The sums of pairs i <= j, row by row, with the products of one tile added. Each thread adds its own V elements."""
+    """A tile of each of K rows, the odd ones formed."""
     values = ()
     for k in tl.static_range(K):
         value = load_row(rows[k], offsets, mask, T, ALIGNED)
@@ -201,12 +188,64 @@ def _add_pairs(
             if k % 2 == 1:
                 value = _form(values[k - 1], value, FORM)
         values += (value,)
+    return values
+
+
+@triton.jit
+def add_pairs(sums, values, S: tl.constexpr, K: tl.constexpr, E: tl.constexpr, V: tl.constexpr):
+    """The sums of pairs i <= j, row by row, with the products of one tile added. Each thread adds its own V elements."""
     result = ()
     for i in tl.static_range(K):
         for j in tl.static_range(i, K):
             products = tl.reshape(values[i].to(S) * values[j].to(S), [E // V, V])
             result += (sums[i * K - i * (i - 1) // 2 + j - i] + tl.sum(products, 1),)
     return result
+
+
+@triton.jit
+def store_pairs(
+    sums,
+    rows,
+    pointers,
+    begin,
+    count,
+    first,
+    step,
+    num_rows,
+    T: tl.constexpr,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    E: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Writes the products of a chunk, from those of its threads, or summed again in float64."""
+    totals = ()
+    uncertain = tl.zeros([], tl.int32)
+    for i in tl.static_range(K):
+        for j in tl.static_range(i, K):
+            total = tl.sum(sums[i * K - i * (i - 1) // 2 + j - i], 0)
+            totals += (total.to(tl.float64),)
+            if i == j:
+                there = rows[i] != 0
+                if FORM == 1 and i % 2 == 1:
+                    there |= rows[i - 1] != 0
+                uncertain |= (there & _out_of_range(total)).to(tl.int32)
+    again = False
+    if S == tl.float32:
+        task = tl.arange(0, K)
+        addresses = at_element(tl.load(pointers + task, mask=task < num_rows, other=0), begin, T)
+        before = _rows_before(pointers, num_rows, begin, T, K)
+        if uncertain != 0:
+            again = _any_nonzero(addresses, before, count, T, K, E // K, FORM)
+        if again:
+            _store_float64_products(addresses, before, first, step, num_rows, count, T, K, E // K, FORM)
+    if not again:
+        for i in tl.static_range(K):
+            for j in tl.static_range(i, K):
+                product = totals[i * K - i * (i - 1) // 2 + j - i]
+                if j < num_rows:
+                    tl.store(first + (i * num_rows + j) * step, product)
+                    tl.store(first + (j * num_rows + i) * step, product)
 
 
 @triton.jit(do_not_specialize=["table", "out", "num_tensors", "num_rows", "num_blocks"])
@@ -237,39 +276,12 @@ def gram_pairs(
     vectors = vector_count(count, misaligned, E)
     lanes = tl.arange(0, E)
     for start in range(0, vectors, E):
-        sums = _add_pairs(sums, rows, start + lanes, True, T, S, K, E, V, FORM, True)
+        sums = add_pairs(sums, load_rows(rows, start + lanes, True, T, S, K, FORM, True), S, K, E, V)
     for start in range(vectors, count, E):
         offsets = start + lanes
-        sums = _add_pairs(sums, rows, offsets, offsets < count, T, S, K, E, V, FORM, False)
-
-    totals = ()
-    uncertain = tl.zeros([], tl.int32)
-    for i in tl.static_range(K):
-        for j in tl.static_range(i, K):
-            total = tl.sum(sums[i * K - i * (i - 1) // 2 + j - i], 0)
-            totals += (total.to(tl.float64),)
-            if i == j:
-                there = rows[i] != 0
-                if FORM == 1 and i % 2 == 1:
-                    there |= rows[i - 1] != 0
-                uncertain |= (there & _out_of_range(total)).to(tl.int32)
+        sums = add_pairs(sums, load_rows(rows, offsets, offsets < count, T, S, K, FORM, False), S, K, E, V)
     first, step = _destination(out, num_rows, num_blocks, number, index, CHANNELS)
-    again = False
-    if S == tl.float32:
-        task = tl.arange(0, K)
-        addresses = at_element(tl.load(pointers + task, mask=task < num_rows, other=0), begin, T)
-        before = _rows_before(pointers, num_rows, begin, T, K)
-        if uncertain != 0:
-            again = _any_nonzero(addresses, before, count, T, K, E // K, FORM)
-        if again:
-            _store_float64_products(addresses, before, first, step, num_rows, count, T, K, E // K, FORM)
-    if not again:
-        for i in tl.static_range(K):
-            for j in tl.static_range(i, K):
-                product = totals[i * K - i * (i - 1) // 2 + j - i]
-                if j < num_rows:
-                    tl.store(first + (i * num_rows + j) * step, product)
-                    tl.store(first + (j * num_rows + i) * step, product)
+    store_pairs(sums, rows, pointers, begin, count, first, step, num_rows, T, S, K, E, FORM)
 
 
 @triton.jit
@@ -401,7 +413,7 @@ def plan(columns: Sequence[Sequence[Tensor | None]], num_rows: int, per: str, fi
     for column, model, own in zip(columns, models, channels, strict=True):
         begin, numel = index, 0 if model is None else model.numel()
         if model is not None and numel:
-            length = numel // own if per == "channel" else chunk_length(num_rows)
+            length = numel // own if per == "channel" else CHUNK
             work = Work(numel, length, index, addresses(column))
             works.append(((model.dtype, per == "channel" and length > MAX_CHANNEL), work))
             index += work.blocks

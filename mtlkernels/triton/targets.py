@@ -9,7 +9,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ..gradient_dropout import MODES
-from . import combine, excess_risk, finish, graddrop, gradient_dropout, gram, memory, perturb, priority, trimmed_mean
+from . import (
+    combine,
+    excess_risk,
+    finish,
+    graddrop,
+    gradient_dropout,
+    gram,
+    gram_combine,
+    memory,
+    perturb,
+    priority,
+    trimmed_mean,
+)
 from .launch import NVIDIA, TYPES, Chip
 
 GPUS = {
@@ -60,6 +72,8 @@ class Target(NamedTuple):
             return memory.meta(self.dtype, chip)
         if self.kernel is excess_risk.excess_chunks:
             return excess_risk.meta(self.dtype, chip)
+        if self.kernel is gram_combine.gram_combine_pairs:
+            return gram_combine.meta(self.num_rows, self.dtype, chip)
         form = self.variant if self.variant in gram.FORMS else ""
         _, constants, options = gram.meta(self.num_rows, self.dtype, self.variant == "channels", chip, form=form)
         return constants, options
@@ -76,6 +90,8 @@ def targets() -> Iterator[Target]:
         for num_rows in gram.CLASSES:
             for variant in ("chunks", "channels", "difference", "product"):
                 yield Target(gram.meta(num_rows, dtype, False)[0], num_rows, dtype, variant)
+        for num_rows in (k for k in gram.CLASSES if k <= gram_combine.MAX_ROWS):
+            yield Target(gram_combine.gram_combine_pairs, num_rows, dtype, "one read")
         for num_rows in priority.CLASSES:
             yield Target(priority.priority_products, num_rows, dtype, "products")
             yield Target(priority.priority_results, num_rows, dtype, "results")
@@ -129,6 +145,9 @@ def signature(target: Target) -> dict[str, str]:
     elif target.kernel is excess_risk.excess_chunks:
         pointers = {"table": "*i64", "factors": "*fp64", "scalars": "*i64", "sums": "*fp64"}
         numbers = ["num_tensors"]
+    elif target.kernel is gram_combine.gram_combine_pairs:
+        pointers = {"table": "*i64", "out": "*fp64", "weights": "*fp64"}
+        numbers = ["num_tensors", "num_rows", "num_blocks"]
     else:
         pointers = {"table": "*i64", "out": "*fp64"}
         numbers = ["num_tensors", "num_rows", "num_blocks"]
