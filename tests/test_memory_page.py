@@ -102,7 +102,7 @@ def test_committed_page_is_complete_and_meets_its_aim():
     for case in memory.CASES.values():
         assert f"### {case.title}, {case.num_tasks} losses" in page
     for name in memory.MODES:
-        assert page.count(f"| {name} |") == len(memory.CASES)
+        assert page.partition("## Measured")[2].count(f"| {name} |") == len(memory.CASES)
     assert page.count("at most: met") == 2
 
 
