@@ -107,11 +107,13 @@ class Training:
             options["fused"] = True
         elif mode == "previous":
             options["weights_from"] = "previous"
+        elif mode in ("bfloat16", "host", "online"):
+            options["rows"] = mode
         elif mode in ("update_every", "between"):
             options["update_every"] = 100
         heads = {k: list(head.parameters()) for k, head in enumerate(self.model.heads)}
         options |= {"shared": list(self.model.blocks.parameters()), "heads": heads, "tasks": range(self.model.tasks)}
-        method = "uncertainty" if mode == "loss-only" else "upgrad"
+        method = {"loss-only": "uncertainty", "online": "pcgrad"}.get(mode, "upgrad")
         self.optimizer = None if mode == "sum of losses" else mtl.MultiTaskOptimizer(self.inner, method, **options)
 
     def step(self) -> None:

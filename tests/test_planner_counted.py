@@ -117,7 +117,9 @@ def test_peak_memory_of_one_rank(mode, sequences):
 
     peak = peak_bytes(training.step)
 
-    assert beyond_kept(training.model.setting(tokens), mode) == pytest.approx(peak, rel=0.1)
+    setting = training.model.setting(tokens)
+    on_host = setting.tasks * setting.bytes_of(setting.shared) if mode == "host" else 0  # which here is the device, too
+    assert beyond_kept(setting, mode) + on_host == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("sequences", [1, 32], ids=["mostly on the way", "mostly activations"])
@@ -202,7 +204,7 @@ def test_operations_of_shards(mode):
 
 def assert_moved(device: Any, step: Step, tasks: int) -> None:
     """The launches, and the bytes that they read and write, but for weights, which every thread reads from a cache."""
-    allocs = [a for launch in device.launches for a in launch.report.allocs if a.size not in (8, 8 * tasks)]
+    allocs = [a for launch in device.launches for a in launch.report.allocs if a.size not in (8, 16, 8 * tasks)]
     assert len(device.launches) == step.launches
     assert step.moved == pytest.approx(sum(a.load_bytes + a.store_bytes for a in allocs), rel=0.1)
 

@@ -101,8 +101,9 @@ class OnlineGram(GramSource):
         hidden: bool = False,
     ) -> tuple[list[Tensor | None], Rows]:
         total, self.total = self.total, []
+        heads, self.own = self.own, []  # so that the update can be written where they are
         with torch.no_grad():
-            return total, self._without_dropped(self.own)
+            return total, self._without_dropped(heads)
 
 
 def pair_weights(gram: Tensor, active: Tensor) -> Tensor:

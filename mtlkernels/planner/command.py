@@ -181,8 +181,9 @@ def table(found: Sequence[Plan], setting: Setting, gpu: Gpu, node: int) -> tuple
 
 def _seconds(times: dict[str, float]) -> tuple[float, str]:
     """The lower bound and what makes it."""
-    busy, network = times["compute"] + times["memory"], times["network"]
-    return max(busy, network), "network" if network > busy else max(("compute", "memory"), key=lambda name: times[name])
+    busy, beside = times["compute"] + times["memory"], max(("network", "host"), key=lambda name: times[name])
+    bound = beside if times[beside] > busy else max(("compute", "memory"), key=lambda name: times[name])
+    return max(busy, times[beside]), bound
 
 
 def assumptions(setting: Setting, gpu: Gpu, node: int) -> list[str]:
@@ -200,7 +201,7 @@ def assumptions(setting: Setting, gpu: Gpu, node: int) -> list[str]:
         kept = f"of a block {ACTIVATIONS} {unit} (Korthikanti et al. 2022, no attention scores kept), {work}"
     state = f"{setting.state_bytes} of {setting.optimizer}'s state" + (" and MasterWeights' copy" if setting.master else "")
     tera = (gpu.half_flops if setting.element == 2 else gpu.float_flops) / 1e12
-    links = f"{gpu.node_link / 1e9:g} GB/s to the others of {node} in a node, {gpu.network / 1e9:g} GB/s to other nodes"
+    links = f"to the others of {node} in a node {gpu.node_link / 1e9:g} GB/s, to other nodes {gpu.network / 1e9:g}"
     return [
         f"Model: {len(setting.blocks)} transformer blocks of width {setting.width}, {shared:.4g} shared parameters in "
         f"{len(setting.shared)} tensors, {own:.4g} in heads.",
@@ -210,8 +211,10 @@ def assumptions(setting: Setting, gpu: Gpu, node: int) -> list[str]:
         "Peak: of the fullest rank, .grad cleared before the step; without fragmentation, workspaces and the CUDA context.",
         "Optimizer: torch's, fused. Its own step is not in ops and launches, nor are torch's kernels on K x K values.",
         *_ranks(setting),
-        f"{gpu.title}, datasheet: {tera:g} TFLOP/s, {gpu.bandwidth / 1e9:g} GB/s, {gpu.memory / 1e9:g} GB, {links}.",
-        "At least: passes, ops and optimizer one after the other, or all that is sent, whichever is longer, at these figures.",
+        f"{gpu.title}, datasheet: {tera:g} TFLOP/s, {gpu.bandwidth / 1e9:g} GB/s, {gpu.memory / 1e9:g} GB, "
+        f"{links}, to the host {gpu.host_link / 1e9:g}.",
+        "At least: passes, ops and optimizer one after the other, or all that is sent, or comes back from the host, whichever "
+        "is longest, at these figures.",
     ]
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..hardware import Gpu
@@ -50,6 +50,44 @@ def _previous(step: Step) -> None:
     step.gram_combine(k, s.shared)
     _decide(step, k * k)
     _update(step, k)
+
+
+def _bfloat16(step: Step) -> None:
+    s, k = step.s, step.s.tasks
+    step.row = min(2, s.element) / s.element
+    _task_gradients(step)
+    rows = Step(replace(s, element=min(2, s.element)))  # as they are read
+    rows.gram(k, s.shared)
+    rows.combine(k, s.shared)
+    step.moved += rows.moved
+    step.launches += rows.launches
+    _decide(step, k * k)
+    step.hold((1 - k * step.row) * s.part(s.shared))  # one of them, widened
+    step.optimizer([*s.shared, *s.own])
+
+
+def _host(step: Step) -> None:
+    s, k = step.s, step.s.tasks
+    step.row = 0.0
+    _task_gradients(step)
+    step.from_host(k, s.shared)
+    _decide(step, k * k)
+    step.hold(s.bytes_of(s.shared))
+    step.from_host(k, s.shared, written=1)
+    step.optimizer([*s.shared, *s.own])
+
+
+def _online(step: Step) -> None:
+    s, k = step.s, step.s.tasks
+    step.forward()
+    for task in range(k):
+        step.backward([task], retain=task < k - 1)
+        there = min(task + 1, 2)  # the sum of those before, and this one
+        step.gram(2, s.shared, there)
+        step.decide(0)
+        step.combine(2, s.shared, there)
+        step.drop(there - 1, s.shared)
+    _weighted_update(step)
 
 
 def _streamed(step: Step) -> None:
@@ -212,6 +250,9 @@ MODES = {
     "stored": Mode("step(losses)", "all gradients of the step", _stored),
     "stored, fused": Mode("fused=True", "all gradients of the step", _fused, refused=("ddp", "master")),
     "previous": Mode('weights_from="previous"', "all gradients of the step before", _previous),
+    "bfloat16": Mode('rows="bfloat16"', "the same, rounded to 2^-9", _bfloat16, refused=("ddp", "fsdp")),
+    "host": Mode('rows="host"', "all gradients of the step", _host, refused=("ddp", "fsdp")),
+    "online": Mode('rows="online", PCGrad only', "a gradient and the sum of those before", _online, refused=("ddp", "fsdp")),
     "streamed": Mode("cuts= behind every block", "all gradients of the step", _streamed, refused=("fsdp",)),
     "representation": Mode("representation=", "gradients at what the heads are given", _representation, refused=("fsdp",)),
     "sub-batch": Mode("gram_losses=", "gradients of a part of the batch", _sub_batch),
@@ -233,6 +274,7 @@ class Plan:
         flops: operations of forward and backward passes.
         moved: bytes of device memory that this package's ops read and write.
         stepped: those that the torch optimizer's own step does.
+        returned: bytes of rows that come back from the host's memory; half as many go there.
         launches: of this package's kernels that read gradients, and of the one that makes weights.
         collectives: (kind, bytes of the whole tensor) -> how many.
         sent: bytes that the rank sends in rings.
@@ -243,13 +285,14 @@ class Plan:
     flops: float
     moved: float
     stepped: float
+    returned: float
     launches: float
     collectives: dict[tuple[str, int], float]
     sent: float
     peak: float
 
     def times(self, setting: Setting, gpu: Gpu, node: int) -> dict[str, float]:
-        """Seconds that each resource takes at least. The GPU does the first two one after the other, the third beside them."""
+        """Seconds that each resource takes at least. The GPU does the first two one after the other, the others beside them."""
         rate = gpu.half_flops if setting.element == 2 else gpu.float_flops
         # Between nodes every GPU of a node takes its share of what the ring carries.
         link = gpu.node_link if setting.gpus <= node else min(gpu.node_link, node * gpu.network)
@@ -257,6 +300,7 @@ class Plan:
             "compute": self.flops / rate,
             "memory": (self.moved + self.stepped) / gpu.bandwidth,
             "network": self.sent / link,
+            "host": self.returned / gpu.host_link,
         }
 
 
@@ -277,12 +321,10 @@ def plan(setting: Setting, mode: str) -> Plan:
             steps.append(Step(setting))
             own.between(steps[-1])
     collectives = sum((step.collectives for step in steps), Counter())
-    flops, moved, stepped, launches, sent = (
-        sum(values) / len(steps)
-        for values in zip(*((t.flops, t.moved, t.stepped, t.launches, t.sent()) for t in steps), strict=True)
-    )
+    numbers = zip(*((t.flops, t.moved, t.stepped, t.returned, t.launches, t.sent()) for t in steps), strict=True)
+    flops, moved, stepped, returned, launches, sent = (sum(values) / len(steps) for values in numbers)
     mean = {kind: count / len(steps) for kind, count in collectives.items()}
-    return Plan(mode, flops, moved, stepped, launches, mean, sent, max(step.peak for step in steps))
+    return Plan(mode, flops, moved, stepped, returned, launches, mean, sent, max(step.peak for step in steps))
 
 
 def plans(setting: Setting) -> list[Plan]:

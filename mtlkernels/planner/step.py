@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..optim.host import BLOCK_BYTES
+
 Shape = tuple[int, ...]
 Sharding = Literal["none", "ddp", "fsdp"]
 
@@ -147,6 +149,8 @@ class Step:
         moved: bytes of device memory that this package's ops read and write.
         stepped: those that the torch optimizer's step does.
         launches: of this package's kernels.
+        returned: bytes of rows that come back from the host's memory.
+        row: bytes that are kept of a gradient of a shared parameter as soon as it is there, in parts of its own.
         collectives: (kind, bytes of the whole tensor) -> how many.
         held: bytes that are there at the moment.
         peak: the most that were.
@@ -154,7 +158,8 @@ class Step:
 
     def __init__(self, setting: Setting) -> None:
         self.s = setting
-        self.flops = self.moved = self.stepped = self.launches = 0.0
+        self.flops = self.moved = self.stepped = self.launches = self.returned = 0.0
+        self.row = 1.0
         self.collectives: Counter[tuple[str, int]] = Counter()
         every = [*setting.shared, *setting.own]
         self.held = self.peak = setting.kept(every) * (1 + setting.state_bytes / setting.element)
@@ -223,18 +228,20 @@ class Step:
         self.touch(part * s.work(retain) + 3 * whole)
         if not retain:
             self.hold(-part * s.block_activations)
-        self._reduce(block)
+        if self.row < 1:
+            self.touch(max((s.bytes_of([shape]) for shape in block), default=0))
+        self._reduce(block, self.row)
 
     def prefetch(self, block: Sequence[Shape]) -> None:
         """Gathers the parameters of a block that is sharded."""
         if self.s.sharding == "fsdp" and block:
             self.collective("all_gather", self.s.padded(block))
 
-    def _reduce(self, block: Sequence[Shape]) -> None:
+    def _reduce(self, block: Sequence[Shape], row: float = 1.0) -> None:
         """The gradients of a block; under ``fully_shard`` what a rank gets of them."""
         whole = self.s.bytes_of(block)
         if self.s.sharding != "fsdp" or not block:
-            self.hold(whole)
+            self.hold(row * whole)
             return
         self.touch(3 * whole + self.s.padded(block))  # both blocks' parameters, and the gradients with their copy
         self.collective("reduce_scatter", self.s.padded(block))
@@ -286,6 +293,14 @@ class Step:
         else:
             self._launch(shapes, rows + 2, 1)
             self.moved += (rows + 1) * self.s.part(shapes)
+
+    def from_host(self, rows: int, shapes: Sequence[Shape], written: int = 0) -> None:
+        """The Gram, or the combination where it is ``written``, of rows that come back from the host, two blocks at a time."""
+        row = self.s.part(shapes)
+        self.touch(min(2 * BLOCK_BYTES, rows * row))
+        self.returned += rows * row
+        self.moved += (rows + written) * row
+        self.launches += math.ceil(rows * row / BLOCK_BYTES) * (1 if written else 2)
 
     def finish(self, rows: int, shapes: Sequence[Shape], there: int | None = None) -> None:
         """Reads rows of gradients, parameters and state, and writes the latter two."""
