@@ -40,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         "-mf16c",
         "-mprefer-vector-width=512",
     ]
+    INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type", "-DNDEBUG"]
 # No contraction of a * b + c where bits are the same on every device, or torch's.

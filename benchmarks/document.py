@@ -52,7 +52,7 @@ ROOFLINE = """\
 A Gram of K tasks does (K + 1) / 4 operations a byte of float32, a combination about a half. Below the ridge, memory
 bounds an op, and the distance to the roof is what its arithmetic and its reads do not overlap. Past it products would bound
 the Gram. It stays below that roof because a float32 sum ends after eight products and goes on in float64, for accuracy
-(csrc/cpu/gram.cpp): adding up the lanes of all those sums is work that the roof does not count.
+(csrc/cpu/gram_tile.h): adding up the lanes of all those sums is work that the roof does not count.
 """
 
 

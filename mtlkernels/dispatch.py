@@ -16,7 +16,7 @@ from . import elementwise, finish, flat, gradient_dropout, gram_combine, memory 
 from ._library import CPU_LIBRARY, HAS_CPU_LIBRARY, NAMESPACE, REFERENCES
 from ._optional import require
 
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = ("baseline", "avx2", "avx512", "avx512_bf16")
 BACKENDS = ("cpp", "reference", "triton")
 TRITON_OPS = (
     "gram",

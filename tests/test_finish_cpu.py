@@ -107,7 +107,10 @@ def test_other_instruction_sets(capability):
         pytest.skip(f"this processor has no {capability}")
     if capability == cpu_capability():
         pytest.skip("every other test runs it")
-    own = {"MTLKERNELS_CPU_CAPABILITY": capability, "ATEN_CPU_CAPABILITY": {"baseline": "default"}.get(capability, capability)}
+    own = {
+        "MTLKERNELS_CPU_CAPABILITY": capability,
+        "ATEN_CPU_CAPABILITY": {"baseline": "default", "avx512_bf16": "avx512"}.get(capability, capability),
+    }
     tests = "test_bits_of_combine_and_torch_optim or test_an_element or test_bits_in_any"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", tests]
     ran = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)

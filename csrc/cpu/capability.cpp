@@ -32,6 +32,7 @@ MTL_DECLARE_KERNELS(baseline)
 #if defined(__x86_64__)
 MTL_DECLARE_KERNELS(avx2)
 MTL_DECLARE_KERNELS(avx512)
+MTL_DECLARE_KERNELS(avx512_bf16)
 #endif
 
 namespace {
@@ -56,6 +57,7 @@ const Kernels kBaseline = MTL_KERNELS(baseline);
 #if defined(__x86_64__)
 const Kernels kAvx2 = MTL_KERNELS(avx2);
 const Kernels kAvx512 = MTL_KERNELS(avx512);
+const Kernels kAvx512BFloat16 = MTL_KERNELS(avx512_bf16);
 #endif
 
 const Kernels& choose() {
@@ -66,7 +68,9 @@ const Kernels& choose() {
   const char* asked = std::getenv("MTLKERNELS_CPU_CAPABILITY");
   if (asked && !std::strcmp(asked, "baseline")) return kBaseline;
   if (has_avx2 && (!has_avx512 || (asked && !std::strcmp(asked, "avx2")))) return kAvx2;
-  if (has_avx512) return kAvx512;
+  const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_avx512 && (!has_bfloat16 || (asked && !std::strcmp(asked, "avx512")))) return kAvx512;
+  if (has_bfloat16) return kAvx512BFloat16;
 #endif
   return kBaseline;
 }

@@ -42,11 +42,12 @@ class Block {
     rows_ = reinterpret_cast<const T**>(weights_ + num_rows);
   }
 
-  void run(const T* const* rows, const A* weights, int64_t count, T* to, bool stream) {
+  /// Reads the rows from their element `from` on.
+  void run(const T* const* rows, const A* weights, int64_t count, T* to, bool stream, int64_t from = 0) {
     int used = 0;
     for (int k = 0; k < num_rows_; ++k) {
       if (!rows[k] || weights[k] == 0) continue;
-      rows_[used] = rows[k];
+      rows_[used] = rows[k] + from;
       weights_[used++] = weights[k];
     }
     if (used == 0) {

@@ -11,8 +11,6 @@
 namespace mtlkernels::cpu {
 namespace {
 
-static_assert(kLongestSum <= kBlock, "a block of the Gram's is one of the sums'");
-
 /// The weights of the rows that are present, and sums of rows of T in A.
 template <typename T, typename A>
 class Sums {
@@ -27,16 +25,32 @@ class Sums {
   /// Writes the result of a block whose present rows are `rows` where elements [at, at + count) of `out` belong.
   template <typename S>
   void run(const T* const* rows, const Layout& layout, const Output& out, int64_t at, int64_t count) {
+    for (int64_t from = 0; from < count; from += kBlock)
+      run<S>(rows, from, layout, out, at + from, count - from < kBlock ? count - from : kBlock);
+  }
+
+ private:
+  template <typename S>
+  void run(const T* const* rows, int64_t from, const Layout& layout, const Output& out, int64_t at, int64_t count) {
+    S* to = static_cast<S*>(out.rows[0]);
+    if constexpr (std::is_same_v<T, BFloat16>) {  // as they lie in memory
+      block_.run(rows, weights_, count, to + at, streams(out, to + at), from);
+    } else {
+      run_wide<S>(rows, from, layout, out, at, count);
+    }
+  }
+
+  template <typename S>
+  void run_wide(const T* const* rows, int64_t from, const Layout& layout, const Output& out, int64_t at, int64_t count) {
     S* to = static_cast<S*>(out.rows[0]);
     if constexpr (std::is_same_v<S, T>) {
-      if (layout.dim == 0) return block_.run(rows, weights_, count, to + at, streams(out, to + at));
+      if (layout.dim == 0) return block_.run(rows, weights_, count, to + at, streams(out, to + at), from);
     }
-    block_.run(rows, weights_, count, results_, false);
+    block_.run(rows, weights_, count, results_, false, from);
     if (layout.dim != 0) return scatter(results_, layout, out.strides[0], at, count, to);
     round_to(count, streams(out, to + at), to + at);
   }
 
- private:
   template <typename S>
   static bool streams(const Output& out, S* to) {
     return out.stream && reinterpret_cast<uintptr_t>(to) % 64 == 0;
@@ -65,12 +79,16 @@ void gram_combine_range(const Column& column, const double* weights, int64_t beg
   Gram gram(column, column.num_rows, PairForm::none);
   Sums<Rounded<S>, A> plain(gram, weights);
   Sums<double, double> wide(gram, weights);
+  Sums<std::conditional_t<std::is_same_v<S, BFloat16> && kMultipliesBFloat16, S, Rounded<S>>, A> direct(gram, weights);
   gram.add(begin, end, [&](auto rows, int64_t at, int64_t count) {
     if constexpr (std::is_same_v<decltype(rows), const Rounded<S>* const*>) {
       plain.template run<S>(rows, column.layout, out, at, count);
     } else if constexpr (std::is_same_v<decltype(rows), const double* const*>) {
       wide.template run<S>(rows, column.layout, out, at, count);
-    }  // rows of float64 gradients are never float
+    } else if constexpr (std::is_same_v<S, BFloat16> && std::is_same_v<decltype(rows), const S* const*> &&
+                         kMultipliesBFloat16) {
+      direct.template run<S>(rows, column.layout, out, at, count);
+    }  // rows of float64 gradients are never float, others no BFloat16
   });
   gram.move_to(sums);
   if (out.stream) fence_streaming();

@@ -130,7 +130,7 @@ struct Kernels {
 };
 
 /// The kernels of the best instruction set this processor has, or of the one MTLKERNELS_CPU_CAPABILITY names
-/// (baseline, avx2, avx512). An unknown or unsupported name gets the best one; the package refuses it before.
+/// (baseline, avx2, avx512, avx512_bf16). An unknown or unsupported name gets the best one; the package refuses it before.
 const Kernels& kernels();
 
 }  // namespace mtlkernels::cpu

@@ -281,6 +281,9 @@ inline void from_float(float value, Float16* to) {
 }
 
 #if defined(__AVX512F__)
+inline FloatVector load_as_floats(const BFloat16* from) {
+  return (FloatVector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+}
 inline HalfFloatVector load_as_float(const BFloat16* from) {
   return (HalfFloatVector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
 }
@@ -303,6 +306,15 @@ template <typename Half>
 inline void store_streaming(Half* to, DoubleVector value) {
   _mm_stream_si128((__m128i*)to, narrowed(__builtin_convertvector(value, HalfFloatVector), to));
 }
+/// Both halves of `value`, rounded.
+template <typename Half>
+inline __m256i narrowed(FloatVector value, Half* to) {
+  const HalfFloatVector low = (HalfFloatVector)_mm512_castps512_ps256((__m512)value);
+  const HalfFloatVector high = (HalfFloatVector)_mm512_extractf32x8_ps((__m512)value, 1);
+  return _mm256_set_m128i(narrowed(high, to), narrowed(low, to));
+}
+inline void store_cached(BFloat16* to, FloatVector value) { _mm256_storeu_si256((__m256i*)to, narrowed(value, to)); }
+inline void store_streaming(BFloat16* to, FloatVector value) { _mm256_stream_si256((__m256i*)to, narrowed(value, to)); }
 #else
 template <typename Half>
 inline HalfFloatVector load_as_float(const Half* from) {
@@ -344,11 +356,13 @@ inline bool fit_float(const double* factors, int count) {
   return true;
 }
 
-/// A vector of A: double, or the rows' own float.
+/// A vector of A: double, or the rows' own float, or of bfloat16 rows.
 template <typename A, typename T>
 inline Vector<A> load_as(const T* from) {
   if constexpr (sizeof(A) == 8) {
     return load_as_double(from);
+  } else if constexpr (sizeof(T) == 2) {
+    return load_as_floats(from);
   } else {
     return load<Vector<A>>(from);
   }
