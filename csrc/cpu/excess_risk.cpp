@@ -13,6 +13,7 @@ namespace mtlkernels::cpu {
 namespace {
 
 constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector
+constexpr int64_t kTerms = 8;     // of a float32 sum
 
 inline FloatVector term(FloatVector h, FloatVector memory, FloatVector epsilon) {
   const FloatVector square = h * h + (memory + epsilon);
@@ -65,7 +66,7 @@ double excess_risk(const Column& column, double factor, double epsilon, int64_t 
       const float* grad = read_row<float>(column, 0, at, count, scratch.as<float>());
       const float* memory = read_row<float>(memories, 1, at, count, scratch.as<float>(kBlock));
       const double sum = sum_terms(grad, memory, factor, epsilon, count);
-      if (!out_of_range(sum) || (sum == 0 && all_zero(grad, count))) {
+      if (!out_of_range(sum, 0x1p-96) || (sum == 0 && all_zero(grad, count))) {
         total += sum;
         continue;
       }
