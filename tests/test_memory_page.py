@@ -34,16 +34,13 @@ class Small(nn.Module):
 SMALL = Case("small", Small, lambda: torch.randn(8, 64), 64, 8)
 
 
-def test_exact_modes_take_the_same_step():
+def test_exact_modes_take_the_same_step(monkeypatch):
     pytest.importorskip("torchjd")
+    monkeypatch.setattr(mtl.PCGrad, "draw_seed", lambda self, device: torch.tensor([5], device=device))
     updates, grams = {}, {}
     for name in EXACT:
         setup = Setup(SMALL, Clock())
-        mtl.PCGrad.draw_seed, kept = (lambda self, device: torch.tensor([5], device=device)), mtl.PCGrad.draw_seed
-        try:
-            grams[name] = memory.MODES[name][0](setup)()
-        finally:
-            mtl.PCGrad.draw_seed = kept
+        grams[name] = memory.MODES[name][0](setup)()
         updates[name] = torch.cat([p.grad.flatten() for p in setup.shared])
     for name in EXACT:
         assert memory.off(grams[name], grams["stored"]) < 1e-5
