@@ -75,7 +75,7 @@ def aggregate(
     problems = Problems(groups_of(per, len(models)) if isinstance(per, Mapping) else per, models)
     gram = problems.gram(rows)
     weights = of_both(weighting(cross_of(gram), losses=losses)) if crosses else weighting(gram, losses=losses)
-    if weights.requires_grad:
+    if weights.requires_grad or torch.compiler.is_compiling():
         return problems.combine(rows, weights, out)
     with torch.no_grad():  # none of the gradients requires grad, or there were no Gram: a small model notices a second look
         return problems.combine(rows, weights, out)

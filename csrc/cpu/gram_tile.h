@@ -44,14 +44,6 @@ struct Product<BFloat16> {
 };
 #endif
 
-/// Up to kStep elements, and zeros.
-template <typename T>
-inline typename Product<T>::Operand load_last(const T* from, int64_t count) {
-  T some[Product<T>::kStep] = {};
-  __builtin_memcpy(some, from, size_t(count) * sizeof(T));
-  return Product<T>::load(some);
-}
-
 /// Adds neighbouring lanes, or groups of 2^Level lanes, of both: results of `a` and `b` in turn.
 template <int Level>
 inline FloatVector fold(FloatVector a, FloatVector b) {
@@ -123,35 +115,34 @@ void tile(const T* const* a, const T* const* b, int64_t count, Ahead ahead, doub
   for (int r = 0; r < R; ++r) left[r] = a[r];
   for (int c = 0; c < C; ++c) right[c] = b[c];
   DoubleVector totals[vectors] = {};
-  for (int64_t e = 0; e < count;) {
+  const int64_t whole = count / P::kStep * P::kStep;
+  for (int64_t e = 0; e < whole;) {
     typename P::Sum partial[unroll][pairs] = {};
-    const auto multiply = [&](int u, auto load) __attribute__((always_inline)) {
+    const auto multiply = [&](int u, int64_t at) __attribute__((always_inline)) {
       typename P::Operand x[R], y[C];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) x[r] = load(left[r]);
+      for (int r = 0; r < R; ++r) x[r] = P::load(left[r] + at);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) y[c] = Triangle ? x[c < R ? c : 0] : load(right[c]);
+      for (int c = 0; c < C; ++c) y[c] = Triangle ? x[c < R ? c : 0] : P::load(right[c] + at);
       int pair = 0;
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int c = Triangle ? r : 0; c < C; ++c, ++pair) partial[u][pair] = P::add(x[r], y[c], partial[u][pair]);
     };
-    const int64_t end = count - e < P::kSteps * step ? count : e + P::kSteps * step;
+    const int64_t end = whole - e < P::kSteps * step ? whole : e + P::kSteps * step;
     for (; e + step <= end; e += step) {
 #pragma GCC unroll 4
       for (int u = 0; u < unroll; ++u) {
         const int64_t at = e + u * P::kStep;
         for (int64_t i = 0; i < ahead.count; ++i) __builtin_prefetch(ahead.from[i] + at * int64_t(sizeof(T)));
-        multiply(u, [at](const T* row) { return P::load(row + at); });
+        multiply(u, at);
       }
     }
     if (e < end) {
 #pragma GCC unroll 4
-      for (int u = 0; u < unroll; ++u) {
-        const int64_t at = e + u * P::kStep, now = end - at < P::kStep ? end - at : P::kStep;
-        if (now > 0) multiply(u, [at, now](const T* row) { return load_last(row + at, now); });
-      }
+      for (int u = 0; u < unroll; ++u)
+        if (e + u * P::kStep < end) multiply(u, e + u * P::kStep);
       e = end;
     }
 #pragma GCC unroll 4
@@ -161,6 +152,11 @@ void tile(const T* const* a, const T* const* b, int64_t count, Ahead ahead, doub
     add_lanes<pairs>(partial[0], totals);
   }
   for (int i = 0; i < vectors; ++i) store(sums + i * kLanes<double>, totals[i]);
+  for (int64_t e = whole; e < count; ++e) {  // exactly: the Gram of fewer elements than rows has the rank that it should have
+    int pair = 0;
+    for (int r = 0; r < R; ++r)
+      for (int c = Triangle ? r : 0; c < C; ++c, ++pair) sums[pair] += double(to_float(left[r][e])) * double(to_float(right[c][e]));
+  }
 }
 
 template <typename T>
