@@ -13,8 +13,9 @@ void combine_flat(const Column& column, const double* weights, int64_t begin, in
   Block<T> block(column.num_rows);
   Scratch scratch(size_t(column.num_rows) * 8);
   const T** rows = scratch.as<const T*>();
-  for (int64_t at = begin; at < end; at += kBlock) {
-    const int64_t count = end - at < kBlock ? end - at : kBlock;
+  const int64_t step = out.num_rows == 1 ? kLongBlock : kBlock;  // what is read again stays in the first-level cache
+  for (int64_t at = begin; at < end; at += step) {
+    const int64_t count = end - at < step ? end - at : step;
     for (int k = 0; k < column.num_rows; ++k) rows[k] = column.rows[k] ? static_cast<const T*>(column.rows[k]) + at : nullptr;
     for (int m = 0; m < out.num_rows; ++m) {
       T* to = static_cast<T*>(out.rows[m]) + at;

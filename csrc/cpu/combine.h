@@ -10,6 +10,10 @@
 namespace mtlkernels::cpu {
 namespace {
 
+// Elements of a block that is combined once: the processor's own prefetching gains from long stretches of each row, and the
+// sums of sweeps stay in the first-level cache. A multiple of every vector and cache line.
+constexpr int64_t kLongBlock = 2048;
+
 /// Rounds sums to where they belong.
 template <typename T, bool Stream>
 struct Store {
@@ -32,13 +36,14 @@ struct Store {
   }
 };
 
-/// The rows of `weights` [num_out][num_rows] over one block, read from rows[k] (null: no gradient) and written to to[m].
+/// The rows of `weights` [num_out][num_rows] over up to kLongBlock elements, read from rows[k] (null: no gradient) and written
+/// to to[m].
 template <typename T, typename A = double>
 class Block {
  public:
-  explicit Block(int num_rows) : num_rows_(num_rows), scratch_(kBlock * sizeof(A) + size_t(num_rows) * 16) {
+  explicit Block(int num_rows) : num_rows_(num_rows), scratch_(kLongBlock * sizeof(A) + size_t(num_rows) * 16) {
     sums_ = scratch_.as<A>();
-    weights_ = sums_ + kBlock;
+    weights_ = sums_ + kLongBlock;
     rows_ = reinterpret_cast<const T**>(weights_ + num_rows);
   }
 
