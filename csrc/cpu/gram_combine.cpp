@@ -1,5 +1,5 @@
 // The Gram matrix of task gradients and their weighted sum in one read: a block of rows is multiplied, then combined while it
-// is in the first-level cache. Its products are final before its result is written, so that this may lie where a row does.
+// is in a fast cache. Its products are final before its result is written, so that this may lie where a row does.
 //
 // Unlike combine's, sums are float32 for float32 and 16-bit gradients: here the arithmetic is what takes time. They are float64
 // where a weight, or a block's squares, leave float32's range.
