@@ -7,12 +7,15 @@
 namespace mtlkernels::cpu {
 namespace {
 
-/// Rows and outputs lie flat in memory as they are.
-template <typename T>
-void combine_flat(const Column& column, const double* weights, int64_t begin, int64_t end, const Output& out) {
-  Block<T> block(column.num_rows);
-  Scratch scratch(size_t(column.num_rows) * 8);
+/// Rows and outputs lie flat in memory as they are; sums are in A.
+template <typename T, typename A = double>
+void combine_flat(const Column& column, const double* given, int64_t begin, int64_t end, const Output& out) {
+  Block<T, A> block(column.num_rows);
+  const int64_t num_weights = int64_t(column.num_rows) * out.num_rows;
+  Scratch scratch(size_t(column.num_rows + num_weights) * 8);
   const T** rows = scratch.as<const T*>();
+  A* weights = reinterpret_cast<A*>(rows + column.num_rows);
+  for (int64_t i = 0; i < num_weights; ++i) weights[i] = A(given[i]);
   const int64_t step = out.num_rows == 1 ? kLongBlock : kBlock;  // what is read again stays in the first-level cache
   for (int64_t at = begin; at < end; at += step) {
     const int64_t count = end - at < step ? end - at : step;
@@ -64,7 +67,12 @@ void combine(const Column& column, const double* weights, int64_t begin, int64_t
   if (begin >= end) return;
   switch (column.dtype) {
     case DType::float32: return combine_range<float, float>(column, weights, begin, end, out);
-    case DType::bfloat16: return combine_range<float, BFloat16>(column, weights, begin, end, out);
+    case DType::bfloat16:
+      if constexpr (kVectorBytes == 64) {
+        if (column.layout.dim == 0 && fit_float(weights, column.num_rows * out.num_rows))
+          return combine_flat<BFloat16, float>(column, weights, begin, end, out);
+      }
+      return combine_range<float, BFloat16>(column, weights, begin, end, out);
     case DType::float16: return combine_range<float, Float16>(column, weights, begin, end, out);
     case DType::float64: return combine_range<double, double>(column, weights, begin, end, out);
   }

@@ -2,6 +2,7 @@
 // Weighted sums of task gradients, out_m[e] = sum_k w_mk * g_k[e], each row read from memory once, each result written once.
 //
 // Sums run in float64 in the order of k and are rounded to float32, then to 16 bits; the memory is slower than the arithmetic.
+// Those of bfloat16 rows are float32 where vectors have 64 bytes and every weight is within float32's range: there it is not.
 // Results that no cache could keep are stored past it, which saves reading the line before it is overwritten.
 
 #include "vector.h"
@@ -14,10 +15,10 @@ namespace {
 // sums of sweeps stay in the first-level cache. A multiple of every vector and cache line.
 constexpr int64_t kLongBlock = 2048;
 
-/// Rounds sums to where they belong.
-template <typename T, bool Stream>
+/// Rounds sums to where they belong. `Ahead`: rows are asked for.
+template <typename T, bool Stream, bool Ahead>
 struct Store {
-  static constexpr int64_t kAhead = kBlock;
+  static constexpr int64_t kAhead = Ahead ? kBlock : 0;
   T* out;
 
   template <typename V>
@@ -57,10 +58,12 @@ class Block {
     }
     if (used == 0) {
       std::memset(to, 0, size_t(count) * sizeof(T));
-    } else if (stream) {
-      sum_block(rows_, weights_, used, count, sums_, Store<T, true>{to});
+    } else if (sizeof(T) == 4 && used <= kRows) {  // which the processor follows by itself; 16-bit rows it does not
+      stream ? sum_block(rows_, weights_, used, count, sums_, Store<T, true, false>{to})
+             : sum_block(rows_, weights_, used, count, sums_, Store<T, false, false>{to});
     } else {
-      sum_block(rows_, weights_, used, count, sums_, Store<T, false>{to});
+      stream ? sum_block(rows_, weights_, used, count, sums_, Store<T, true, true>{to})
+             : sum_block(rows_, weights_, used, count, sums_, Store<T, false, true>{to});
     }
   }
 

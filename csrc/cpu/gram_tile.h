@@ -155,7 +155,8 @@ void tile(const T* const* a, const T* const* b, int64_t count, Ahead ahead, doub
   for (int64_t e = whole; e < count; ++e) {  // exactly: the Gram of fewer elements than rows has the rank that it should have
     int pair = 0;
     for (int r = 0; r < R; ++r)
-      for (int c = Triangle ? r : 0; c < C; ++c, ++pair) sums[pair] += double(to_float(left[r][e])) * double(to_float(right[c][e]));
+      for (int c = Triangle ? r : 0; c < C; ++c, ++pair)
+        sums[pair] += double(to_float(left[r][e])) * double(to_float(right[c][e]));
   }
 }
 

@@ -306,12 +306,12 @@ template <typename Half>
 inline void store_streaming(Half* to, DoubleVector value) {
   _mm_stream_si128((__m128i*)to, narrowed(__builtin_convertvector(value, HalfFloatVector), to));
 }
-/// Both halves of `value`, rounded.
-template <typename Half>
-inline __m256i narrowed(FloatVector value, Half* to) {
-  const HalfFloatVector low = (HalfFloatVector)_mm512_castps512_ps256((__m512)value);
-  const HalfFloatVector high = (HalfFloatVector)_mm512_extractf32x8_ps((__m512)value, 1);
-  return _mm256_set_m128i(narrowed(high, to), narrowed(low, to));
+inline __m256i narrowed(FloatVector value, BFloat16*) {
+  const __m512 single = (__m512)value;
+  const __m512i bits = _mm512_castps_si512(single), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(single, single, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
 }
 inline void store_cached(BFloat16* to, FloatVector value) { _mm256_storeu_si256((__m256i*)to, narrowed(value, to)); }
 inline void store_streaming(BFloat16* to, FloatVector value) { _mm256_stream_si256((__m256i*)to, narrowed(value, to)); }

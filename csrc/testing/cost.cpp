@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../cpu/scratch.h"
 
 namespace mtlkernels::cpu::MTL_ISA {
 
@@ -24,6 +25,7 @@ using namespace mtlkernels::cpu;
 int main(int, char** arguments) {
   const int64_t numel = std::atoll(arguments[1]);
   const int repeats = std::atoi(arguments[2]);
+  give_back(borrow(1));  // the memory that a thread keeps is made once
   for (const DType dtype : {DType::float32, DType::bfloat16}) {
     for (const int num_tasks : {2, 3, 8, 16, 40}) {
       std::vector<std::vector<uint32_t>> memory(num_tasks + 1, std::vector<uint32_t>(numel));
