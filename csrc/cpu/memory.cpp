@@ -15,6 +15,8 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // elements; a multiple of every vector and cache line
 constexpr int kTasks = 8;         // of a sweep
+constexpr int kFollowed = 4;      // tasks whose two rows each the processor's own prefetching follows
+constexpr int64_t kAhead = 512;   // elements that the others' rows are asked for before they are read
 
 /// What becomes of one task. A factor that is exactly 0 leaves what it would multiply unread.
 struct Task {
@@ -92,6 +94,13 @@ void sweep_whole(Whole<T> whole, int64_t count, S* sums, T* to, bool stream) {
   }
   int64_t e = 0;
   for (; e + kLanes<S> <= count; e += kLanes<S>) {
+    if (R > kFollowed && e * int64_t(sizeof(S)) % 64 == 0) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(grad[r] + e + kAhead);
+        __builtin_prefetch(memory[r] + e + kAhead, 1);
+      }
+    }
     Vector<S> sum = First ? Vector<S>{} : load<Vector<S>>(sums + e);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
