@@ -243,8 +243,11 @@ def test_none_counts_as_zero_where_some_task_has_a_gradient(backend, name):
         actual = mtl.aggregate(grads, method, losses=losses)
         expected = mtl.aggregate(filled, zeros, losses=losses)
         assert actual[3] is None
+        # Without a row the Gram adds its float32 sums in another order, so that weights differ in their last bits; where terms
+        # cancel, by those of the terms.
+        largest = max(float(b.abs().max()) for b in expected[:3])
         for a, b in zip(actual[:3], expected[:3], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=2**-22 * largest)
 
 
 def test_out_may_be_the_first_gradient(backend):
