@@ -18,7 +18,6 @@ class Gpu(NamedTuple):
     """To the other GPUs of a node."""
     network: float
     """To other nodes: one port a GPU, of 400 Gbit/s, and of 200 for A100 and RTX 4090."""
-
     host_link: float
     """To the host's memory: 16 lanes of PCIe 5, and of PCIe 4 for A100 and RTX 4090."""
 
