@@ -25,13 +25,14 @@ from torch import Tensor, nn
 
 import mtlkernels as mtl
 from mtlkernels.optim import host
+from mtlkernels.optim.choose import PLAIN
 
 from .race import peak_bytes
 from .step_share import CASES as STEPS
-from .step_share import Case, Clock, Setup, plain, table
+from .step_share import Case, Clock, Setup, autogram, plain, table
 
 ROOT = Path(__file__).parent.parent
-PLAIN, AUTOGRAM = "sum of losses", "TorchJD, autogram"
+AUTOGRAM = "TorchJD, autogram"
 CASES = {
     **{name: STEPS[name] for name in ("transformer2", "transformer4", "transformer8")},
     "resnet": replace(STEPS["resnet"], title="ResNet-18, 32 pictures of 64 x 64", inputs=lambda: torch.randn(32, 3, 64, 64)),
@@ -91,24 +92,6 @@ def at_representation(setup: Setup) -> Step:
     return step
 
 
-def autogram(setup: Setup) -> Step:
-    from torchjd.aggregation import PCGradWeighting
-    from torchjd.autogram import Engine
-
-    engine, weighting = Engine(setup.trunk, batch_dim=None), PCGradWeighting()
-
-    def step() -> Tensor:
-        losses, _ = setup.losses()
-        stacked = torch.stack(losses)
-        gram: Tensor = engine.compute_gramian(stacked)
-        update = torch.autograd.grad(stacked, setup.shared, weighting(gram), retain_graph=True)
-        setup.fill(update, losses)
-        setup.inner.step()
-        return gram
-
-    return step
-
-
 MODES: dict[str, tuple[Callable[[Setup], Step], str]] = {
     PLAIN: (sum_of_losses, "-"),
     "stored": (partial(with_rows, rows="stored"), "yes"),
@@ -117,7 +100,7 @@ MODES: dict[str, tuple[Callable[[Setup], Step], str]] = {
     '`rows="bfloat16"`': (partial(with_rows, rows="bfloat16"), "to 2^-9"),
     '`rows="online"`': (partial(with_rows, rows="online"), "with 2 tasks"),
     "`representation=`": (at_representation, "no"),
-    AUTOGRAM: (autogram, "yes"),
+    AUTOGRAM: (partial(autogram, method="PCGradWeighting"), "yes"),
 }
 """How each is made, and whether its update is that of stored gradients."""
 

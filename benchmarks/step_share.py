@@ -278,22 +278,24 @@ def torchjd(setup: Setup, flag: bool) -> Step:
     return step
 
 
-def autogram(setup: Setup) -> Step:
-    from torchjd.aggregation import IMTLGWeighting
+def autogram(setup: Setup, method: str = "IMTLGWeighting") -> Callable[[], Tensor]:
+    """The step returns the Gram."""
+    from torchjd import aggregation
     from torchjd.autogram import Engine
 
-    engine, weighting = Engine(setup.trunk, batch_dim=None), IMTLGWeighting()
+    engine, weighting = Engine(setup.trunk, batch_dim=None), getattr(aggregation, method)()
 
-    def step() -> None:
+    def step() -> Tensor:
         losses, _ = setup.losses()
         stacked = torch.stack(losses)
         with setup.clock.part("Gram"):
-            gram = engine.compute_gramian(stacked)
+            gram: Tensor = engine.compute_gramian(stacked)
         with setup.clock.part("weights"):
             weights = weighting(gram)
         update = torch.autograd.grad(stacked, setup.shared, weights, retain_graph=True)
         setup.fill(update, losses)
         setup.inner.step()
+        return gram
 
     return step
 

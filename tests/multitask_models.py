@@ -1,5 +1,7 @@
 """Small models and weightings that the tests of the optimizer layer share."""
 
+import io
+
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,17 @@ def grads_of(module: nn.Module) -> list[Tensor | None]:
 
 def values_of(module: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
+
+
+def load_checkpoint(
+    twin: nn.Module, resumed: torch.optim.Optimizer, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Loads what a file with the states of a model and its optimizer holds into another model and its own."""
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    for loads, state in zip((twin, resumed), torch.load(file, weights_only=True), strict=True):
+        loads.load_state_dict(state)
 
 
 def assert_equal(actual: list[Tensor | None], expected: list[Tensor | None]) -> None:

@@ -1,11 +1,10 @@
 """MultiTaskOptimizer(rows="online"): PCGrad of each gradient and the sum of those before it."""
 
-import io
 from typing import Any
 
 import pytest
 import torch
-from multitask_models import TASKS, assert_equal, values_of
+from multitask_models import TASKS, assert_equal, load_checkpoint, values_of
 from rows_models import Conv, Net64, make
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -176,15 +175,11 @@ def test_online_with_no_finite_task_is_skipped():
 
 @pytest.mark.parametrize("stop", [1, 2])
 def test_online_resumes_to_the_bit(stop):
-    model, twin, file = Net64(), Net64(), io.BytesIO()
+    model, twin = Net64(), Net64()
     optimizer, resumed = online(model, 3, inner=torch.optim.AdamW), online(twin, 5, inner=torch.optim.AdamW)
     for step in range(stop):
         optimizer.step(conflicting(model, step))
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    twin.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    load_checkpoint(twin, resumed, model, optimizer)
     for step in range(stop, stop + 3):
         a, b = optimizer.step(conflicting(model, step)), resumed.step(conflicting(twin, step))
         assert torch.equal(a.weights, b.weights)

@@ -1,11 +1,10 @@
 """representation: weights from the gradients at what the heads were given, one backward pass through the trunk."""
 
 import copy
-import io
 
 import pytest
 import torch
-from multitask_models import TASKS, Given, Net, Tracking, assert_equal, assert_near, batch, grads_of, values_of
+from multitask_models import TASKS, Given, Net, Tracking, assert_equal, assert_near, batch, grads_of, load_checkpoint, values_of
 from test_update_every import Passes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -313,14 +312,9 @@ def test_with_update_every_and_a_checkpoint(stop):
 
     first = steps(model, optimizer, range(stop))
     assert all(torch.equal(w, first[0]) for w in first)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
     twin = One(seed=5)
     resumed = make(twin, mtl.CRMOGM("upgrad"), torch.optim.AdamW, update_every=3)
-    twin.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    load_checkpoint(twin, resumed, model, optimizer)
     rest = range(stop, stop + 5)
     assert_equal(steps(model, optimizer, rest), steps(twin, resumed, rest))
     assert_equal(values_of(model), values_of(twin))

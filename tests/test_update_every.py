@@ -1,11 +1,10 @@
 """update_every: weights computed in every n-th step, one backward pass of the weighted loss between."""
 
 import copy
-import io
 
 import pytest
 import torch
-from multitask_models import TASKS, Given, Net, assert_equal, assert_near, grads_of, task_losses, values_of
+from multitask_models import TASKS, Given, Net, assert_equal, assert_near, grads_of, load_checkpoint, task_losses, values_of
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -121,14 +120,9 @@ def test_resumes_to_the_bit_in_a_fresh_object(weighting, stop):
     optimizer = fresh(model)
     for step in range(stop):
         optimizer.step(task_losses(model, step))
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
     twin = Net(seed=5)
     resumed = fresh(twin)
-    saved = torch.load(file, weights_only=True)
-    twin.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    load_checkpoint(twin, resumed, model, optimizer)
     for step in range(stop, stop + 5):
         info, other = optimizer.step(task_losses(model, step)), resumed.step(task_losses(twin, step))
         assert (info.gram is None) == (other.gram is None) == (step % 3 != 0)

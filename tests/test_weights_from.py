@@ -1,11 +1,10 @@
 """weights_from="previous": the update with the weights of the step before, in the read that this step's Gram takes."""
 
 import copy
-import io
 
 import pytest
 import torch
-from multitask_models import TASKS, Given, Net, assert_equal, assert_near, grads_of, task_losses, values_of
+from multitask_models import TASKS, Given, Net, assert_equal, assert_near, grads_of, load_checkpoint, task_losses, values_of
 from torch import Tensor
 
 import mtlkernels as mtl
@@ -95,14 +94,10 @@ def test_resumes_to_the_bit_in_a_fresh_object(name, stop):
         return make(model, method, torch.optim.AdamW)
 
     model, twin = Net(), Net(seed=5)
-    optimizer, resumed, file = fresh(model), fresh(twin), io.BytesIO()
+    optimizer, resumed = fresh(model), fresh(twin)
     for step in range(stop):
         optimizer.step(task_losses(model, step))
-    torch.save([model.state_dict(), optimizer.state_dict()], file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    twin.load_state_dict(saved[0])
-    resumed.load_state_dict(saved[1])
+    load_checkpoint(twin, resumed, model, optimizer)
     for step in range(stop, stop + 4):
         info, other = optimizer.step(task_losses(model, step)), resumed.step(task_losses(twin, step))
         assert torch.equal(info.weights, other.weights)

@@ -66,7 +66,7 @@ double excess_risk(const Column& column, double factor, double epsilon, int64_t 
       const float* grad = read_row<float>(column, 0, at, count, scratch.as<float>());
       const float* memory = read_row<float>(memories, 1, at, count, scratch.as<float>(kBlock));
       const double sum = sum_terms(grad, memory, factor, epsilon, count);
-      if (!out_of_range(sum, 0x1p-96) || (sum == 0 && all_zero(grad, count))) {
+      if (!out_of_range(sum) || (sum == 0 && all_zero(grad, count))) {
         total += sum;
         continue;
       }

@@ -26,8 +26,10 @@ constexpr bool kMultipliesBFloat16 = true;
 constexpr bool kMultipliesBFloat16 = false;
 #endif
 
+constexpr double kLeastSquare = 0x1p-96;  // of a float32 sum of whose products nothing was lost
+
 /// Whether a float32 sum of squares says nothing certain about its block: overflow, NaN, or so small that products underflowed.
-inline bool out_of_range(double square, double least) { return !(square < 0x1p127) || square < least; }
+inline bool out_of_range(double square, double least = kLeastSquare) { return !(square < 0x1p127) || square < least; }
 
 inline bool all_zero(const float* row, int64_t count) {
   uint32_t any = 0;
@@ -214,7 +216,7 @@ class Gram {
   /// most 2^-34 of the least square.
   template <typename T>
   bool in_range(const T* const* rows, int64_t count) const {
-    const double least = sizeof(T) == 2 ? 0x1p-80 : 0x1p-96;
+    const double least = sizeof(T) == 2 ? 0x1p-80 : kLeastSquare;
     for (int p = 0; p < num_parts_; ++p) {
       const Part& part = parts_[p];
       if (!part.triangle) continue;

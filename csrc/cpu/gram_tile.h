@@ -1,7 +1,7 @@
 #pragma once
 // Tiles of a Gram matrix: inner products of up to kTile rows with as many others, over one block of elements.
 //
-// A pair has one vector of float32 sums of at most kTerms products a lane. The sums of all pairs of a tile are then folded
+// A pair has one vector of float32 sums of a few products a lane. The sums of all pairs of a tile are then folded
 // together, a transposition that adds, into one vector with a pair a lane, which float64 takes over. float64 rows are summed in
 // float64, bfloat16 rows in float32 without being widened where the processor multiplies pairs of them.
 
@@ -15,8 +15,8 @@ constexpr int kTile = kVectorBytes == 64 ? 4 : 3;
 constexpr int kTriangle = 4;                         // rows whose pairs with each other fit everywhere
 constexpr int kSums = kTile * kTile > 10 ? 16 : 12;  // of a tile, in whole vectors of doubles
 
-/// How rows of T are multiplied: an `Operand` has kStep elements of a row; its products with another add kTerms at most to each
-/// lane of a `Sum` when kSteps are added up.
+/// How rows of T are multiplied: an `Operand` has kStep elements of a row; its products with another are added
+/// to a `Sum`, kSteps of them at most before float64 takes it over.
 ///
 /// Where elements repeat, all roundings of a float32 sum have one sign: with 128 terms the Gram of a constant gradient is off
 /// by 1e-6, with 8 by 1e-7.

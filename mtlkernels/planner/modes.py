@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..hardware import Gpu
+from ..optim.choose import PLAIN
 from .step import BUCKET, FIRST_BUCKET, Setting, Step
 
 
@@ -244,7 +245,6 @@ class Mode(NamedTuple):
         return next((name for name in there if name in self.refused), None)
 
 
-PLAIN = "sum of losses"
 MODES = {
     PLAIN: Mode("a torch optimizer", "none", _plain),
     "stored": Mode("step(losses)", "all gradients of the step", _stored),

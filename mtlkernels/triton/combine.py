@@ -33,7 +33,7 @@ from .launch import (
     upload,
 )
 from .placing import entangled
-from .tiles import VECTOR_BYTES, at_element, find_chunk, load_tile, vector_count
+from .tiles import VECTOR_BYTES, at_element, find_chunk, fits_float, load_tile, vector_count
 
 CLASSES = (2, 4, 8, 16, 64, 256)
 """Numbers of rows that the kernel is compiled for."""
@@ -100,8 +100,8 @@ def _in_float32_range(coefficients, count, BLOCK: tl.constexpr):
     wild = tl.zeros([BLOCK], tl.int32)
     for first in range(0, count, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        size = tl.abs(tl.load(coefficients + index, mask=index < count, other=0.0))
-        wild |= ((size != 0) & ~((size > 2.0**-100) & (size < 2.0**100))).to(tl.int32)
+        own = tl.load(coefficients + index, mask=index < count, other=0.0)
+        wild |= (~fits_float(own)).to(tl.int32)
     return tl.max(wild) == 0
 
 

@@ -32,7 +32,7 @@ from .launch import (
     table_of,
     upload,
 )
-from .tiles import VECTOR_BYTES, at_element, find_chunk, load_row, vector_count
+from .tiles import VECTOR_BYTES, at_element, find_chunk, fits_float, load_row, vector_count
 
 THREADS = 256
 CHUNK = 8192
@@ -42,13 +42,6 @@ CHUNK = 8192
 def meta(dtype: torch.dtype, chip: Chip = NVIDIA) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants and options of the kernel. A thread has 32 bytes of a memory under way."""
     return {"T": TYPES[dtype], "E": 32 * THREADS // memory_dtype(dtype).itemsize}, chip.options(THREADS)
-
-
-@triton.jit
-def _fits_float(factor):
-    """Whether float32 holds a factor, and its products with gradients of ordinary size."""
-    size = tl.abs(factor)
-    return (factor == 0) | ((size > 2.0**-100) & (size < 2.0**100))
 
 
 @triton.jit
@@ -94,7 +87,7 @@ def excess_chunks(table, factors, scalars, sums, num_tensors, T: tl.constexpr, E
     total = tl.zeros([], tl.float64)
     again = False
     if S == tl.float32:
-        again = ~(_fits_float(factor) & _fits_float(epsilon) & (epsilon > 0))
+        again = ~(fits_float(factor) & fits_float(epsilon) & (epsilon > 0))
     lanes = tl.arange(0, E)
     if not again:
         parts = tl.zeros([E], S)

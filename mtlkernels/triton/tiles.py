@@ -77,3 +77,10 @@ def load_tile(rows, offsets, mask, T: tl.constexpr, ALIGNED: tl.constexpr):
     else:
         present = present & mask[None, :]
     return tl.load(base[:, None] + offsets[None, :], mask=present, other=0.0)
+
+
+@triton.jit
+def fits_float(factor):
+    """Whether float32 holds factors, and their products with gradients of ordinary size."""
+    size = tl.abs(factor)
+    return (factor == 0) | ((size > 2.0**-100) & (size < 2.0**100))
